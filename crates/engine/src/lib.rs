@@ -1,1 +1,2 @@
-//! flotilla engine.
+//! Tokens in, tokens out: the inference engine.
+pub mod step;

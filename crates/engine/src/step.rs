@@ -1,0 +1,35 @@
+//! What one step of the engine computes: plain data between the scheduler's plan and the runner.
+//!
+//! The engine fills it from the plan, the runner reads it. No tensors, no policy.
+
+/// A token of the model's vocabulary.
+pub type TokenId = u32;
+
+/// Index of a block of the paged KV cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockId(pub u32);
+
+/// Tokens of a KV block. A power of two.
+pub const BLOCK_SIZE: usize = 16;
+
+/// One sequence's share of a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SequenceInput {
+    /// Tokens it computes in this step, in [`StepInput::token_ids`] behind those of the sequences before it.
+    pub num_scheduled_tokens: usize,
+    /// Tokens whose keys and values are already in the cache; the first scheduled token has this position.
+    pub num_computed_tokens: usize,
+    /// The sequence's blocks in order; token `p` lives in block `p / BLOCK_SIZE` at `p % BLOCK_SIZE`.
+    pub block_table: Vec<BlockId>,
+    /// Whether the logits of its last scheduled token are needed.
+    pub wants_logits: bool,
+}
+
+/// The whole step, flattened over its sequences.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct StepInput {
+    /// Token ids, `(num_tokens)`.
+    pub token_ids: Vec<TokenId>,
+    /// The sequences, in the order of their tokens.
+    pub sequences: Vec<SequenceInput>,
+}
