@@ -50,7 +50,8 @@ pub trait Queue<T: Message>: Clone + Send + Sync + 'static {
     /// queue can make it. A message whose id the queue still holds is not stored again.
     fn publish(&self, message: T) -> impl Future<Output = Result<(), QueueError>> + Send;
 
-    /// Takes up to `max` messages: as soon as there is one, or none after `wait`.
+    /// Takes up to `max` messages: as soon as there is one, or none after `wait`. Dropping the
+    /// future before it is ready takes none.
     fn pull(
         &self,
         max: usize,

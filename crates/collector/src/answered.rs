@@ -1,0 +1,38 @@
+//! Which ids have their line in the output: 16 bytes an id, shared with the producer.
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use shared::{IdDigest, JobId};
+
+/// The ids that are in the output. Clones share one set: the collector writes it, the producer
+/// reads it to skip what is answered.
+#[derive(Clone, Debug, Default)]
+pub struct Answered(Arc<Mutex<HashSet<IdDigest>>>);
+
+impl Answered {
+    /// Whether `id` has its line.
+    pub fn contains(&self, id: &JobId) -> bool {
+        self.lock().contains(&id.digest())
+    }
+
+    /// Number of ids with a line.
+    pub fn len(&self) -> usize {
+        self.lock().len()
+    }
+
+    /// Whether no id has a line.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Marks `id`; whether it was new.
+    pub(crate) fn mark(&self, id: &JobId) -> bool {
+        self.lock().insert(id.digest())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashSet<IdDigest>> {
+        // A set is whole between two operations, whatever panicked.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
