@@ -1,2 +1,6 @@
 //! Tokens in, tokens out: the inference engine.
 pub mod step;
+
+mod error;
+
+pub use error::Error;
