@@ -1,1 +1,7 @@
-//! End-to-end tests of flotilla.
+//! End-to-end tests: the real program over real files, as a user runs it.
+#![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
+
+mod bad_input;
+mod crash;
+mod happy_path;
+mod shutdown;

@@ -72,6 +72,17 @@ pub enum Error {
     Queue(#[from] QueueError),
 }
 
+/// When a collector's work is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Not yet known.
+    Open,
+    /// When this many new lines are written.
+    AtLines(u64),
+    /// When no outcome is left in the queue.
+    WhenDrained,
+}
+
 /// What the collector tells as it goes.
 pub trait Observer: Send {
     /// The lines of these outcomes are on disk.
@@ -80,13 +91,13 @@ pub trait Observer: Send {
 
 /// Writes every outcome of `queue` that isn't in `output` yet, and acks it.
 ///
-/// Ends when `expected` holds a number and that many new lines are written. Any error ends it at
+/// Ends when `end` says so: at that many new lines, or as soon as no outcome is left. Any error ends it at
 /// once, nothing acked that isn't on disk: a failed sync is never tried again, since the kernel
 /// may have dropped the pages.
 pub async fn run<Q: Queue<Settled>>(
     queue: &Q,
     output: &mut Output,
-    expected: watch::Receiver<Option<u64>>,
+    end: watch::Receiver<End>,
     observer: &mut impl Observer,
 ) -> Result<(), Error> {
     let mut written = 0;

@@ -44,8 +44,8 @@ pub struct Line<'a> {
     pub prompt_tokens: u32,
     /// Tokens generated.
     pub completion_tokens: u32,
-    /// Name of the model.
-    pub model: &'a str,
+    /// Name of the model; `null` for bad input, which no model saw.
+    pub model: Option<&'a str>,
     /// Deliveries the job took.
     pub attempts: u32,
     /// The job's seed.
@@ -83,7 +83,7 @@ impl<'a> From<&'a Settled> for Line<'a> {
             finish_reason: completed.map(|c| c.finish_reason),
             prompt_tokens: completed.map_or(0, |c| c.prompt_tokens),
             completion_tokens: completed.map_or(0, |c| c.completion_tokens),
-            model: &settled.model,
+            model: settled.model.as_deref(),
             attempts: settled.attempts,
             seed: settled.seed,
             prompt_sha256: completed.map(|c| c.prompt_sha256.as_str()),

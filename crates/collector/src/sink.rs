@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::FlockOperation;
 use serde::Deserialize;
-use shared::{JobId, Settled};
+use shared::{JobId, Outcome, Settled};
 
 use crate::{Answered, Error, Line};
 
@@ -23,6 +23,7 @@ pub struct Output {
     path: PathBuf,
     file: File,
     answered: Answered,
+    num_failed: u64,
     buffer: Vec<u8>,
 }
 
@@ -75,6 +76,11 @@ impl Output {
         &self.answered
     }
 
+    /// Lines of jobs that failed.
+    pub fn num_failed(&self) -> u64 {
+        self.num_failed
+    }
+
     /// Appends the lines of `outcomes`, waits until they are on disk, then marks their ids.
     ///
     /// After an error the end of the file is unknown: drop the output and open it anew.
@@ -96,6 +102,7 @@ impl Output {
             .map_err(|error| self.io("cannot sync", error))?;
         for settled in outcomes {
             self.answered.mark(&settled.context.id);
+            self.num_failed += u64::from(matches!(settled.outcome, Outcome::Failed(_)));
         }
         // One huge line shall not be kept for ever.
         self.buffer.shrink_to(1 << 20);
@@ -122,7 +129,8 @@ impl Output {
             whole += length;
             number += 1;
             match serde_json::from_slice::<Identified>(&line) {
-                Ok(Identified { id, success: _ }) => {
+                Ok(Identified { id, success }) => {
+                    self.num_failed += u64::from(!success);
                     if !self.answered.mark(&id) {
                         return Err(self.foreign(number, format!("found id '{id}' again")));
                     }
@@ -187,7 +195,6 @@ impl Output {
 #[derive(Deserialize)]
 struct Identified {
     id: JobId,
-    #[expect(dead_code, reason = "only its presence matters")]
     success: bool,
 }
 

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use flotilla_collector::{Error, Observer, Output, Report};
+use flotilla_collector::{End, Error, Observer, Output, Report};
 use proptest::prelude::*;
 use serde_json::Value;
 use shared::{
@@ -30,7 +30,7 @@ fn settled(id: &str, outcome: Outcome) -> Settled {
             retrieval_time: 0.25,
             ..Context::empty(query)
         },
-        model: "tiny".into(),
+        model: Some("tiny".into()),
         seed: 7,
         worker_rank: 1,
         attempts: 2,
@@ -110,7 +110,7 @@ async fn writes_each_id_once_and_acks_repeats() {
     let mut output = Output::open(&path).unwrap();
     assert!(output.answered().contains(&JobId("old".into())));
     let queue = MemoryQueue::new(1_000, LEASE);
-    let (expect, expected) = watch::channel(None);
+    let (tell, end) = watch::channel(End::Open);
     let publish = async {
         for round in 0..3 {
             for id in ["old", "a", "b", "c"] {
@@ -121,11 +121,11 @@ async fn writes_each_id_once_and_acks_repeats() {
                     .unwrap();
             }
         }
-        expect.send_replace(Some(15));
+        tell.send_replace(End::AtLines(15));
     };
     let mut count = Count(Report::default());
     let (collected, ()) = tokio::join!(
-        flotilla_collector::run(&queue, &mut output, expected, &mut count),
+        flotilla_collector::run(&queue, &mut output, end, &mut count),
         publish
     );
     collected.unwrap();

@@ -1,1 +1,36 @@
-fn main() {}
+//! flotilla: answers files of queries with local models, each exactly once.
+
+mod bench;
+mod cli;
+mod contexts;
+mod progress;
+mod run;
+mod telemetry;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+
+/// The command failed; what it had done is kept.
+const FAILED: u8 = 1;
+/// Everything has its line, but some jobs failed or some input could not be read.
+const FINISHED_WITH_FAILURES: u8 = 3;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse_from(cli::hyphenated(std::env::args_os()));
+    telemetry::init(cli.verbose);
+    let done = match cli.command {
+        Command::Run(options) => run::main(*options),
+        Command::Contexts(options) => contexts::main(&options),
+        Command::Bench(options) => bench::main(&options),
+    };
+    match done {
+        Ok(code) => code,
+        Err(error) => {
+            telemetry::complain(&format!("{error:#}"));
+            ExitCode::from(FAILED)
+        }
+    }
+}

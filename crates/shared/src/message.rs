@@ -241,8 +241,8 @@ pub struct Settled {
     pub run: RunId,
     /// The query and its context.
     pub context: Context,
-    /// Name of the model that answered.
-    pub model: String,
+    /// Name of the model that answered; `None` if it never became a job.
+    pub model: Option<String>,
     /// The job's seed.
     pub seed: u64,
     /// Worker that settled it.

@@ -1,0 +1,23 @@
+# What a user and a developer run. `make help` lists it.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+.PHONY: help demo test check bench
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+demo: ## build, answer examples/queries.jsonl with the shipped model, show the answers
+	cargo run --release -- run --queries-file examples/queries.jsonl --corpus-path examples/corpus --output-file results.jsonl
+	@scripts/show_results.sh results.jsonl
+
+test: ## everything the tests need, then all tests
+	cargo build --release -p flotilla
+	cargo test --workspace
+
+check: ## what CI checks
+	.ci/run
+
+bench: ## measure this machine
+	cargo run --release -- bench

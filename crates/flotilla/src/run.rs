@@ -1,0 +1,253 @@
+//! `flotilla run`: producer, workers and collector in one process, over queues in memory.
+//!
+//! The output file is the only state. Whatever kills the process, the same command reads which
+//! ids have their line and answers the others.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, anyhow};
+use collector::{End, Output};
+use engine::EngineConfig;
+use producer::{Intake, JobTemplate, Published, Retriever};
+use shared::{Job, MemoryQueue, RunId, Settled};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::RunOptions;
+use crate::progress::Progress;
+use crate::rejects::Rejects;
+use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, telemetry};
+
+/// Jobs that wait in memory for a worker: enough that no slot stays free, few enough to be small.
+const QUEUE_CAPACITY: usize = 256;
+/// How long a worker may be silent before its jobs go to another.
+const LEASE: Duration = Duration::from_secs(60);
+
+/// The two queues of a run.
+#[derive(Clone)]
+struct Queues {
+    jobs: MemoryQueue<Job>,
+    outcomes: MemoryQueue<Settled>,
+}
+
+/// Runs `flotilla run`.
+pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
+    let engine = options.model.engine_config(options.workers)?;
+    let template = JobTemplate {
+        run: RunId(run_name(&options.output_file)),
+        prompt_template: options.generation.template()?,
+        system_prompt: options.generation.system_prompt.clone(),
+        generation: options.generation.generation(),
+    };
+    let mut output = Output::open(&options.output_file)?;
+    let intake = intake(options, &engine, &output)?;
+    let mut rejects = Rejects::beside(&options.output_file)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .context("cannot start the async runtime")?;
+    let answering = answer_all(options, engine, template, intake, (&mut output, &mut rejects));
+    let answered = runtime.block_on(answering);
+    // A thread that still reads ahead has nothing left to do.
+    runtime.shutdown_background();
+    let done = answered?;
+    rejects.finish()?;
+    done.tell(options, &output);
+    Ok(done.exit_code(&output))
+}
+
+/// The input, ready to be read: its files open, its corpus indexed.
+fn intake(options: &RunOptions, engine: &EngineConfig, output: &Output) -> anyhow::Result<Intake> {
+    let retriever = match &options.retrieval.corpus_path {
+        Some(_) => {
+            let tokenizer = engine.model_path.join("tokenizer.json");
+            Some(Retriever::open(&options.retrieval, Some(&tokenizer))?)
+        }
+        None => None,
+    };
+    let answered = output.answered().clone();
+    if !answered.is_empty() {
+        let lines = answered.len();
+        tracing::info!("{lines} lines are already in {}", options.output_file.display());
+    }
+    let intake = Intake::open(&options.source, retriever, move |id| answered.contains(id))?;
+    Ok(intake)
+}
+
+/// What a run came to.
+struct Done {
+    published: Published,
+    interrupted: bool,
+}
+
+/// Wires the roles together and waits until everything is written.
+async fn answer_all(
+    options: &RunOptions,
+    engine: EngineConfig,
+    template: JobTemplate,
+    intake: Intake,
+    (output, rejects): (&mut Output, &mut Rejects),
+) -> anyhow::Result<Done> {
+    let queues = Queues {
+        jobs: MemoryQueue::new(QUEUE_CAPACITY, LEASE),
+        outcomes: MemoryQueue::new(QUEUE_CAPACITY, LEASE),
+    };
+    let shutdown = CancellationToken::new();
+    let (tell_end, end) = watch::channel(End::Open);
+    let interruption = interruption()?;
+    let (tell_total, total) = watch::channel(None);
+    let workers = start_workers(options, engine, &queues, &shutdown);
+    let mut progress = Progress::start(total);
+    let counter = intake.counter();
+    tokio::task::spawn_blocking(move || tell_total.send_replace(counter.count()));
+
+    let producing = async {
+        let queues = (&queues.jobs, &queues.outcomes);
+        let mut report = |bad: &producer::BadInput| rejects.add(bad);
+        let published = producer::publish(intake, &template, queues, &shutdown, &mut report).await;
+        match &published {
+            // An end that was told already, by a shutdown, stays.
+            Ok(published) => drop(tell_end.send_if_modified(|end| {
+                let open = *end == End::Open;
+                *end = if open { End::AtLines(published.lines()) } else { *end };
+                open
+            })),
+            Err(_) => shutdown.cancel(),
+        }
+        published
+    };
+    let collecting = async {
+        let collected = collector::run(&queues.outcomes, output, end, &mut progress).await;
+        // Nothing more is wanted, whether all is written or nothing can be.
+        shutdown.cancel();
+        collected
+    };
+    let supervising = supervise(workers, &interruption, &shutdown, &tell_end);
+    let (published, collected, supervised) = tokio::join!(producing, collecting, supervising);
+    let (report, elapsed) = progress.finish();
+    telemetry::print(&report.statistics(elapsed).to_string())?;
+    collected?;
+    supervised?;
+    Ok(Done { published: published?, interrupted: interruption.is_cancelled() })
+}
+
+type Workers = JoinSet<Result<(), gpu_worker::Error>>;
+
+fn start_workers(
+    options: &RunOptions,
+    engine: EngineConfig,
+    queues: &Queues,
+    shutdown: &CancellationToken,
+) -> Workers {
+    let mut workers = JoinSet::new();
+    for rank in 0..options.workers {
+        let config = gpu_worker::Config {
+            rank,
+            engine: engine.clone(),
+            max_attempts: options.max_attempts,
+        };
+        let queues = queues.clone();
+        let shutdown = shutdown.clone();
+        workers.spawn(async move {
+            let ready = |model: &str| tracing::info!(worker = rank, model, "worker is ready");
+            gpu_worker::run(config, queues.jobs, queues.outcomes, shutdown, ready).await
+        });
+    }
+    workers
+}
+
+/// Waits for the workers to end. One that cannot go on leaves its jobs to the others; when none is
+/// left, the run ends with what is written, and the error of the first.
+async fn supervise(
+    mut workers: Workers,
+    interruption: &CancellationToken,
+    shutdown: &CancellationToken,
+    tell_end: &watch::Sender<End>,
+) -> anyhow::Result<()> {
+    let mut first_error = None;
+    loop {
+        let joined = tokio::select! {
+            joined = workers.join_next() => joined,
+            () = interruption.cancelled(), if !shutdown.is_cancelled() => {
+                tracing::warn!("stopping once the running jobs are done; interrupt again to stop at once");
+                shutdown.cancel();
+                continue;
+            }
+        };
+        let error = match joined {
+            None => break,
+            Some(Ok(Ok(()))) => continue,
+            Some(Ok(Err(error))) => anyhow::Error::new(error),
+            Some(Err(panic)) => anyhow!("a worker panicked: {panic}"),
+        };
+        if !workers.is_empty() {
+            tracing::error!("a worker cannot go on, {} are left: {error:#}", workers.len());
+        }
+        first_error.get_or_insert(error);
+    }
+    let finished = shutdown.is_cancelled();
+    shutdown.cancel();
+    tell_end.send_replace(End::WhenDrained);
+    match first_error {
+        Some(error) if !finished => Err(error.context("no worker is left")),
+        _ => Ok(()),
+    }
+}
+
+/// Cancelled by the first SIGINT or SIGTERM; the second ends the process at once. What is written
+/// is synced, and a torn last line is repaired by the next run.
+fn interruption() -> anyhow::Result<CancellationToken> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
+    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
+    let token = CancellationToken::new();
+    let first = token.clone();
+    tokio::spawn(async move {
+        let mut next = async || {
+            tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
+        };
+        next().await;
+        first.cancel();
+        next().await;
+        std::process::exit(i32::from(INTERRUPTED));
+    });
+    Ok(token)
+}
+
+fn run_name(output_file: &Path) -> String {
+    output_file.file_stem().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+impl Done {
+    /// Says on stderr what the output holds now.
+    fn tell(&self, options: &RunOptions, output: &Output) {
+        let path = options.output_file.display();
+        let (lines, failed) = (output.answered().len(), output.num_failed());
+        let Published { repeated, rejected, .. } = self.published;
+        if repeated > 0 {
+            tracing::warn!("{repeated} queries were exact repeats of earlier ones and were left out");
+        }
+        if rejected > 0 {
+            let report = Rejects::path(&options.output_file);
+            tracing::warn!("{rejected} entries of the input have no line; see {}", report.display());
+        }
+        if self.interrupted {
+            tracing::warn!("interrupted: {path} has {lines} lines, {failed} of them failed; the same command goes on");
+        } else {
+            tracing::info!("{path} has {lines} lines, {failed} of them failed");
+        }
+    }
+
+    fn exit_code(&self, output: &Output) -> ExitCode {
+        if self.interrupted {
+            ExitCode::from(INTERRUPTED)
+        } else if output.num_failed() > 0 || self.published.rejected > 0 {
+            ExitCode::from(FINISHED_WITH_FAILURES)
+        } else {
+            ExitCode::SUCCESS
+        }
+    }
+}

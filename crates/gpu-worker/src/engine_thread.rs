@@ -1,0 +1,198 @@
+//! The thread that owns the engine, and with it the device.
+//!
+//! Bounded channels in, one reply out a request. A panic or a failed step ends the thread: every
+//! request it held loses its reply, which tells its job to go back to the queue.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use engine::{Engine, EngineConfig, PromptFormat, Request, SamplingParams, StepOutput, TokenId};
+use tokio::sync::{mpsc, oneshot};
+
+use crate::Error;
+
+/// A prompt to complete and where the answer goes.
+struct Submission {
+    prompt: Vec<TokenId>,
+    sampling: SamplingParams,
+    reply: oneshot::Sender<Result<Finished, String>>,
+}
+
+/// A completion.
+pub(crate) struct Finished {
+    pub(crate) text: String,
+    pub(crate) finish_reason: engine::FinishReason,
+    pub(crate) prompt_tokens: usize,
+    pub(crate) completion_tokens: usize,
+}
+
+/// Why there is no completion.
+pub(crate) enum Failure {
+    /// This prompt can never be completed.
+    Rejected(String),
+    /// The engine is gone.
+    Down,
+}
+
+/// A handle to the thread. Dropping it ends the thread once it has finished its current step.
+pub(crate) struct EngineThread {
+    submissions: mpsc::Sender<Submission>,
+    facts: Facts,
+    progress: Arc<AtomicU64>,
+}
+
+/// What the thread tells once the model is loaded.
+struct Facts {
+    model_name: String,
+    max_model_len: usize,
+    max_num_seqs: usize,
+    format: Arc<PromptFormat>,
+}
+
+impl EngineThread {
+    /// Starts the thread and waits until it has loaded the model.
+    pub(crate) async fn start(config: EngineConfig) -> Result<Self, Error> {
+        let (submissions, inbox) = mpsc::channel(config.max_num_seqs.max(1));
+        let (loaded, facts) = oneshot::channel();
+        let progress = Arc::new(AtomicU64::new(0));
+        let thread_progress = Arc::clone(&progress);
+        let main = move || {
+            let Some(mut engine) = load(&config, loaded) else { return };
+            let turn = AssertUnwindSafe(|| turn_until_closed(&mut engine, inbox, &thread_progress));
+            match catch_unwind(turn) {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::error!(%error, "the engine failed"),
+                Err(_panic) => tracing::error!("the engine panicked"),
+            }
+        };
+        std::thread::Builder::new().name("engine".into()).spawn(main).map_err(Error::Thread)?;
+        // A panic while loading drops the sender.
+        let facts = facts.await.map_err(|_closed| Error::Engine)?.map_err(Error::Load)?;
+        Ok(Self { submissions, facts, progress })
+    }
+
+    /// Name of the model.
+    pub(crate) fn model_name(&self) -> &str {
+        &self.facts.model_name
+    }
+
+    /// Longest sequence, prompt and answer together, in tokens.
+    pub(crate) fn max_model_len(&self) -> usize {
+        self.facts.max_model_len
+    }
+
+    /// The model's chat template and tokenizer.
+    pub(crate) fn format(&self) -> &Arc<PromptFormat> {
+        &self.facts.format
+    }
+
+    /// Jobs to hold: all slots and a quarter more, so that the next is there when one ends.
+    pub(crate) fn capacity(&self) -> usize {
+        self.facts.max_num_seqs + self.facts.max_num_seqs.div_ceil(4)
+    }
+
+    /// Steps taken so far: what a lease's renewal is bound to.
+    pub(crate) fn progress(&self) -> u64 {
+        self.progress.load(Ordering::Relaxed)
+    }
+
+    /// Waits until the thread has ended.
+    pub(crate) async fn down(&self) {
+        self.submissions.closed().await;
+    }
+
+    /// Completes `prompt`.
+    pub(crate) async fn complete(
+        &self,
+        prompt: Vec<TokenId>,
+        sampling: SamplingParams,
+    ) -> Result<Finished, Failure> {
+        let (reply, finished) = oneshot::channel();
+        let submission = Submission { prompt, sampling, reply };
+        self.submissions.send(submission).await.map_err(|_closed| Failure::Down)?;
+        finished.await.map_err(|_closed| Failure::Down)?.map_err(Failure::Rejected)
+    }
+}
+
+fn load(
+    config: &EngineConfig,
+    loaded: oneshot::Sender<Result<Facts, engine::Error>>,
+) -> Option<Engine> {
+    // If nobody waits any more, there is nothing to do either.
+    match Engine::load(config) {
+        Ok(engine) => {
+            let facts = Facts {
+                model_name: engine.model_name().to_owned(),
+                max_model_len: engine.max_model_len(),
+                max_num_seqs: engine.max_num_seqs(),
+                format: engine.prompt_format(),
+            };
+            loaded.send(Ok(facts)).ok().map(|()| engine)
+        }
+        Err(error) => {
+            drop(loaded.send(Err(error)));
+            None
+        }
+    }
+}
+
+type Replies = HashMap<u64, oneshot::Sender<Result<Finished, String>>>;
+
+/// Steps the engine while it has work, waits for work while it has none, until the handle is gone.
+fn turn_until_closed(
+    engine: &mut Engine,
+    mut inbox: mpsc::Receiver<Submission>,
+    progress: &AtomicU64,
+) -> Result<(), engine::Error> {
+    let mut replies = Replies::new();
+    let mut next_id = 0;
+    loop {
+        if !engine.has_unfinished() {
+            match inbox.blocking_recv() {
+                Some(submission) => add(engine, &mut replies, &mut next_id, submission),
+                None => return Ok(()),
+            }
+        }
+        while let Ok(submission) = inbox.try_recv() {
+            add(engine, &mut replies, &mut next_id, submission);
+        }
+        if inbox.is_closed() && inbox.is_empty() {
+            return Ok(());
+        }
+        for output in engine.step()? {
+            settle(&mut replies, output);
+        }
+        progress.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn add(engine: &mut Engine, replies: &mut Replies, next_id: &mut u64, submission: Submission) {
+    let Submission { prompt, sampling, reply } = submission;
+    let id = *next_id;
+    *next_id += 1;
+    match engine.add(Request { id, prompt, sampling }) {
+        Ok(()) => drop(replies.insert(id, reply)),
+        // If nobody waits for the reply, nobody needs it.
+        Err(error) => drop(reply.send(Err(error.to_string()))),
+    }
+}
+
+fn settle(replies: &mut Replies, output: StepOutput) {
+    let (id, result) = match output {
+        StepOutput::Finished(done) => {
+            let finished = Finished {
+                text: done.text,
+                finish_reason: done.finish_reason,
+                prompt_tokens: done.prompt_tokens,
+                completion_tokens: done.completion_tokens,
+            };
+            (done.id, Ok(finished))
+        }
+        StepOutput::Failed { id, reason } => (id, Err(reason)),
+    };
+    if let Some(reply) = replies.remove(&id) {
+        drop(reply.send(result));
+    }
+}
