@@ -1,0 +1,111 @@
+//! The arithmetic of the CPU backend, in `f32`.
+//!
+//! Every kernel is written once over [`Vector`] (16 lanes) and instantiated for each instruction set by
+//! [`Simd::run`], which picks at run time. Lanes always hold different output elements, a reduction
+//! always runs in one fixed order with fused multiply-adds: so the same bits come out of every
+//! instruction set, batch, chunk and number of threads. Called by the decoder and attention.
+
+mod activations;
+mod elementwise;
+mod lanes;
+mod matmul;
+mod product;
+mod threads;
+
+pub(crate) use activations::{Activations, Rows, SharedRows};
+pub(crate) use elementwise::{rms_norm, rms_norm_row, rope_row, silu_mul, softmax_row};
+pub(crate) use lanes::{LANES, Lanes, Vector};
+pub(crate) use matmul::{Epilogue, Linear, PackedMatrix, matmul};
+pub(crate) use product::{Finish, Operand, Product, accumulate};
+pub(crate) use threads::Threads;
+
+use lanes::Bf16Lanes;
+
+/// What computes: an instruction set, and threads to share the work.
+#[derive(Debug)]
+pub(crate) struct Cpu {
+    /// The instruction set of every kernel.
+    pub(crate) simd: Simd,
+    /// The threads.
+    pub(crate) threads: Threads,
+}
+
+/// A kernel with its arguments, written for any vector unit.
+pub(crate) trait Kernel {
+    /// Runs it. Must be `#[inline(always)]`, so that it is compiled with the caller's instruction set.
+    fn run<V: Vector>(self);
+}
+
+/// An instruction set that this machine has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Simd(Level);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Level {
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    Portable,
+}
+
+impl Simd {
+    /// Everything this machine can run, the best first.
+    pub(crate) fn available() -> Vec<Self> {
+        let mut levels = Vec::new();
+        #[cfg(target_arch = "x86_64")]
+        {
+            let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            if has_avx2 && is_x86_feature_detected!("avx512f") {
+                levels.push(Self(Level::Avx512));
+            }
+            if has_avx2 {
+                levels.push(Self(Level::Avx2));
+            }
+        }
+        levels.push(Self(Level::Portable));
+        levels
+    }
+
+    /// The best this machine can run.
+    pub(crate) fn detect() -> Self {
+        Self::available()[0]
+    }
+
+    /// Its name, for logs.
+    pub(crate) fn name(self) -> &'static str {
+        match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => "avx2",
+            Level::Portable => "portable",
+        }
+    }
+
+    /// Runs a kernel compiled for this instruction set.
+    #[expect(unsafe_code, reason = "calls into functions compiled for more than the baseline")]
+    pub(crate) fn run<K: Kernel>(self, kernel: K) {
+        match self.0 {
+            // SAFETY: `available` makes this level only where avx512f, avx2 and fma were detected.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => unsafe { run_avx512(kernel) },
+            // SAFETY: `available` makes this level only where avx2 and fma were detected.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => unsafe { run_avx2(kernel) },
+            Level::Portable => kernel.run::<Lanes>(),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx2,fma")]
+fn run_avx512<K: Kernel>(kernel: K) {
+    kernel.run::<lanes::Avx512>();
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+fn run_avx2<K: Kernel>(kernel: K) {
+    kernel.run::<lanes::Avx2>();
+}

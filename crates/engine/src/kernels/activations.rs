@@ -1,0 +1,119 @@
+//! Row-major matrices of activations: owned, read and written from several threads.
+
+use std::marker::PhantomData;
+
+/// Numbers between the ends of rows: rows whose width is a power of two would otherwise share cache sets.
+const ROW_PADDING: usize = 16;
+
+/// A matrix of activations, `(num_rows, width)`. Made once and reused step after step.
+#[derive(Debug, Default)]
+pub(crate) struct Activations {
+    data: Vec<f32>,
+    width: usize,
+    stride: usize,
+}
+
+impl Activations {
+    /// A matrix of zeros.
+    pub(crate) fn new(num_rows: usize, width: usize) -> Self {
+        let stride = width.next_multiple_of(ROW_PADDING) + ROW_PADDING;
+        Self { data: vec![0.0; num_rows * stride], width, stride }
+    }
+
+    /// Grows to `num_rows` at least; what was in it is undefined afterwards.
+    pub(crate) fn ensure_rows(&mut self, num_rows: usize) {
+        if self.data.len() < num_rows * self.stride {
+            self.data.resize(num_rows * self.stride, 0.0);
+        }
+    }
+
+    pub(crate) fn row(&self, row: usize) -> &[f32] {
+        &self.data[row * self.stride..][..self.width]
+    }
+
+    pub(crate) fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        &mut self.data[row * self.stride..][..self.width]
+    }
+
+    /// The rows from `first` on, to read.
+    pub(crate) fn rows_from(&self, first: usize) -> Rows<'_> {
+        Rows { data: &self.data[first * self.stride..], stride: self.stride }
+    }
+
+    /// All rows, to read.
+    pub(crate) fn rows(&self) -> Rows<'_> {
+        self.rows_from(0)
+    }
+
+    /// The rows from `first` on, to write from several threads.
+    pub(crate) fn shared_from(&mut self, first: usize) -> SharedRows<'_> {
+        SharedRows::new(&mut self.data[first * self.stride..], self.width, self.stride)
+    }
+
+    /// All rows, to write from several threads.
+    pub(crate) fn shared(&mut self) -> SharedRows<'_> {
+        self.shared_from(0)
+    }
+}
+
+/// Rows that are read: `stride` numbers from one to the next.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rows<'a> {
+    data: &'a [f32],
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    pub(crate) fn new(data: &'a [f32], stride: usize) -> Self {
+        Self { data, stride }
+    }
+
+    /// `len` numbers of a row, from column `start` on.
+    #[inline(always)]
+    pub(crate) fn slice(&self, row: usize, start: usize, len: usize) -> &'a [f32] {
+        &self.data[row * self.stride + start..][..len]
+    }
+}
+
+/// Rows that several threads write at once, each its own part.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct SharedRows<'a> {
+    data: *mut f32,
+    len: usize,
+    width: usize,
+    stride: usize,
+    borrowed: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: the memory is borrowed exclusively for `'a`; who takes a part of it answers for there being no other.
+#[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
+unsafe impl Send for SharedRows<'_> {}
+// SAFETY: as for `Send`.
+#[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
+unsafe impl Sync for SharedRows<'_> {}
+
+impl<'a> SharedRows<'a> {
+    pub(crate) fn new(data: &'a mut [f32], width: usize, stride: usize) -> Self {
+        assert!(width <= stride, "rows of {width} don't fit a stride of {stride}");
+        Self { data: data.as_mut_ptr(), len: data.len(), width, stride, borrowed: PhantomData }
+    }
+
+    /// Numbers in a row.
+    #[inline(always)]
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
+    /// `len` numbers of a row, from column `start` on.
+    ///
+    /// # Safety
+    /// Nobody else may hold any of these numbers meanwhile.
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
+    pub(crate) unsafe fn slice_mut(&self, row: usize, start: usize, len: usize) -> &'a mut [f32] {
+        let offset = row * self.stride + start;
+        assert!(start + len <= self.width && offset + len <= self.len, "outside of the rows");
+        // SAFETY: inside the borrowed memory (asserted); the caller answers for exclusiveness.
+        unsafe { std::slice::from_raw_parts_mut(self.data.add(offset), len) }
+    }
+}

@@ -1,0 +1,175 @@
+//! The runner: a step's plan in, logits out.
+//!
+//! This one computes on the CPU. One for another device has the same face (`load`, `allocate_kv_cache`,
+//! `forward`) and meets the engine in nothing but [`StepInput`] and [`Logits`]. Not here: what runs in a
+//! step (scheduler), which blocks (block manager), which token (sampler).
+
+use std::path::Path;
+
+use crate::Error;
+use crate::config::ModelConfig;
+use crate::kernels::{Activations, Cpu, Simd, Threads};
+use crate::kv_cache::{KvCache, bytes_per_block};
+use crate::model::Model;
+use crate::model::decoder::Buffers;
+use crate::model::rope::RopeTable;
+use crate::step::{BLOCK_SIZE, StepInput};
+use crate::weights::Checkpoint;
+
+/// How a model is run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RunnerOptions {
+    /// Threads that compute.
+    pub threads: usize,
+    /// Most tokens of a step, over all its sequences.
+    pub max_num_batched_tokens: usize,
+}
+
+/// A loaded model with its KV cache.
+#[derive(Debug)]
+pub struct Runner {
+    model: Model,
+    cpu: Cpu,
+    rope: RopeTable,
+    cache: Option<KvCache>,
+    buffers: Buffers,
+    max_num_batched_tokens: usize,
+}
+
+/// Logits of a step: a row for each sequence that wanted them, in their order.
+#[derive(Clone, Copy, Debug)]
+pub struct Logits<'a> {
+    rows: &'a Activations,
+    num_rows: usize,
+}
+
+impl<'a> Logits<'a> {
+    /// Number of rows.
+    pub fn num_rows(&self) -> usize {
+        self.num_rows
+    }
+
+    /// A row, `(vocab_size)`.
+    ///
+    /// # Panics
+    /// If there are not so many rows.
+    pub fn row(&self, row: usize) -> &'a [f32] {
+        assert!(row < self.num_rows, "row {row} of {} rows of logits", self.num_rows);
+        self.rows.row(row)
+    }
+
+    /// All rows.
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = &'a [f32]> + use<'a> {
+        let rows = self.rows;
+        (0..self.num_rows).map(move |row| rows.row(row))
+    }
+}
+
+impl Runner {
+    /// Loads the model in a folder. It computes once it has a KV cache.
+    pub fn load(model_path: &Path, options: &RunnerOptions) -> Result<Self, Error> {
+        Self::load_with(model_path, options, Simd::detect())
+    }
+
+    /// Loads a model to be run on a given instruction set.
+    pub(crate) fn load_with(
+        model_path: &Path,
+        options: &RunnerOptions,
+        simd: Simd,
+    ) -> Result<Self, Error> {
+        if options.threads == 0 || options.max_num_batched_tokens == 0 {
+            return Err(Error::Input("a runner needs a thread and a token per step at least".into()));
+        }
+        let config = ModelConfig::load(model_path)?;
+        let checkpoint = Checkpoint::open(model_path)?;
+        let threads = Threads::new(options.threads)?;
+        let buffers = Buffers::new(&config, options.max_num_batched_tokens, threads.num_threads());
+        let model = Model::load(config, &checkpoint, &threads)?;
+        tracing::debug!(instruction_set = simd.name(), threads = options.threads, "model loaded");
+        Ok(Self {
+            model,
+            cpu: Cpu { simd, threads },
+            rope: RopeTable::default(),
+            cache: None,
+            buffers,
+            max_num_batched_tokens: options.max_num_batched_tokens,
+        })
+    }
+
+    /// What the model looks like.
+    pub fn config(&self) -> &ModelConfig {
+        self.model.config()
+    }
+
+    /// Memory that a block of the KV cache takes.
+    pub fn kv_bytes_per_block(&self) -> usize {
+        bytes_per_block(self.config())
+    }
+
+    /// Makes the KV cache, in place of the one before.
+    pub fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<(), Error> {
+        self.cache = None;
+        let config = self.model.config();
+        let num_positions = config.max_position_embeddings.min(num_blocks * BLOCK_SIZE);
+        self.cache = Some(KvCache::new(config, num_blocks)?);
+        self.rope = RopeTable::new(&config.rope, num_positions);
+        Ok(())
+    }
+
+    /// Computes a step: keys and values of its tokens go to the cache, the wanted logits come back.
+    pub fn forward(&mut self, input: &StepInput) -> Result<Logits<'_>, Error> {
+        self.check(input)?;
+        let Self { model, cpu, rope, cache, buffers, .. } = self;
+        let Some(cache) = cache else {
+            return Err(Error::Input("the runner has no KV cache yet".into()));
+        };
+        cpu.threads.step(|| model.forward(cpu, input, (rope, cache), buffers));
+        let (rows, num_rows) = self.buffers.logits();
+        Ok(Logits { rows, num_rows })
+    }
+
+    /// Refuses what would read or write where it must not.
+    fn check(&self, input: &StepInput) -> Result<(), Error> {
+        let config = self.config();
+        let num_blocks = self.cache.as_ref().map_or(0, KvCache::num_blocks);
+        let num_tokens = input.token_ids.len();
+        if num_tokens > self.max_num_batched_tokens {
+            return Err(Error::Input(format!(
+                "a step of {num_tokens} tokens, expected at most {}",
+                self.max_num_batched_tokens
+            )));
+        }
+        if let Some(token) = input.token_ids.iter().find(|token| **token as usize >= config.vocab_size) {
+            return Err(Error::Input(format!(
+                "the token {token} is outside of the model's vocabulary of {}",
+                config.vocab_size
+            )));
+        }
+        let mut num_scheduled = 0;
+        for (index, sequence) in input.sequences.iter().enumerate() {
+            let end = sequence.num_computed_tokens + sequence.num_scheduled_tokens;
+            num_scheduled += sequence.num_scheduled_tokens;
+            let wrong = |what: String| Err(Error::Input(format!("sequence {index} of the step {what}")));
+            if sequence.num_scheduled_tokens == 0 {
+                return wrong("has no tokens".into());
+            }
+            let most = config.max_position_embeddings.min(num_blocks * BLOCK_SIZE);
+            if end > most {
+                return wrong(format!("reaches {end} tokens, model and cache end at {most}"));
+            }
+            let Some(blocks) = sequence.block_table.get(..end.div_ceil(BLOCK_SIZE)) else {
+                let given = sequence.block_table.len();
+                return wrong(format!("has {given} blocks for {end} tokens"));
+            };
+            if let Some(block) = blocks.iter().find(|block| block.0 as usize >= num_blocks) {
+                return wrong(format!("has the block {} of {num_blocks}", block.0));
+            }
+        }
+        if num_scheduled != num_tokens {
+            return Err(Error::Input(format!(
+                "the step has {num_tokens} tokens, its sequences {num_scheduled}"
+            )));
+        }
+        Ok(())
+    }
+}
