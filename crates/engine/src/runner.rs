@@ -147,7 +147,7 @@ impl Runner {
         }
         let mut num_scheduled = 0;
         for (index, sequence) in input.sequences.iter().enumerate() {
-            let end = sequence.num_computed_tokens + sequence.num_scheduled_tokens;
+            let end = sequence.num_computed_tokens.saturating_add(sequence.num_scheduled_tokens);
             num_scheduled += sequence.num_scheduled_tokens;
             let wrong = |what: String| Err(Error::Input(format!("sequence {index} of the step {what}")));
             if sequence.num_scheduled_tokens == 0 {
