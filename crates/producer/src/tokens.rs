@@ -1,0 +1,93 @@
+//! Counting tokens: what a context may cost. Not for inference; the engine has its own tokenizer.
+
+use std::path::Path;
+
+use tokenizers::Tokenizer;
+
+use crate::error::Error;
+use crate::index::fingerprint::hex_sha256;
+
+/// Characters that count as one token where there is no tokenizer.
+const CHARS_PER_TOKEN: usize = 4;
+
+/// Counts the tokens of a text: with a model's own tokenizer, or by an estimate of one token for
+/// every four characters, begun ones included.
+pub struct TokenCounter {
+    tokenizer: Option<Tokenizer>,
+    identity: String,
+    separator_tokens: usize,
+}
+
+impl TokenCounter {
+    /// Counts by the estimate.
+    pub fn estimate() -> Self {
+        Self::new(None, format!("chars/{CHARS_PER_TOKEN}"))
+    }
+
+    /// Counts with the tokenizer of a `tokenizer.json`, special tokens left out.
+    pub fn from_file(path: &Path) -> Result<Self, Error> {
+        let bytes = std::fs::read(path).map_err(Error::read(path))?;
+        let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| Error::Tokenizer {
+            path: path.to_owned(),
+            reason: error.to_string(),
+        })?;
+        // A file may carry the cut and the padding of its training.
+        tokenizer.with_padding(None);
+        if tokenizer.with_truncation(None).is_err() {
+            tracing::warn!("the tokenizer keeps its truncation, long documents count as short");
+        }
+        Ok(Self::new(Some(tokenizer), hex_sha256(&bytes)))
+    }
+
+    fn new(tokenizer: Option<Tokenizer>, identity: String) -> Self {
+        let mut counter = Self {
+            tokenizer,
+            identity,
+            separator_tokens: 0,
+        };
+        counter.separator_tokens = counter.count(crate::corpus::SEPARATOR);
+        counter
+    }
+
+    /// Tells two counters apart that count differently.
+    pub fn identity(&self) -> &str {
+        &self.identity
+    }
+
+    /// Tokens of what stands between two documents.
+    pub(crate) fn separator_tokens(&self) -> usize {
+        self.separator_tokens
+    }
+
+    /// Number of tokens in `text`.
+    pub fn count(&self, text: &str) -> usize {
+        self.tokenizer
+            .as_ref()
+            .and_then(|tokenizer| tokenizer.encode_fast(text, false).ok())
+            .map_or_else(
+                || text.chars().count().div_ceil(CHARS_PER_TOKEN),
+                |encoding| encoding.len(),
+            )
+    }
+
+    /// The longest start of `text`, cut between characters, that has at most `max_tokens` tokens,
+    /// or a little more: cutting can change how the end is tokenised, so count what you keep.
+    pub(crate) fn prefix<'t>(&self, text: &'t str, max_tokens: usize) -> &'t str {
+        let encoding = self
+            .tokenizer
+            .as_ref()
+            .and_then(|tokenizer| tokenizer.encode(text, false).ok());
+        let end = match encoding {
+            Some(encoding) if encoding.len() <= max_tokens => text.len(),
+            Some(encoding) => encoding
+                .get_offsets()
+                .get(max_tokens)
+                .map_or(text.len(), |offsets| offsets.0),
+            None => text
+                .char_indices()
+                .nth(max_tokens.saturating_mul(CHARS_PER_TOKEN))
+                .map_or(text.len(), |(at, _)| at),
+        };
+        &text[..text.floor_char_boundary(end)]
+    }
+}
