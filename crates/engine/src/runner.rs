@@ -54,7 +54,11 @@ impl<'a> Logits<'a> {
     /// # Panics
     /// If there are not so many rows.
     pub fn row(&self, row: usize) -> &'a [f32] {
-        assert!(row < self.num_rows, "row {row} of {} rows of logits", self.num_rows);
+        assert!(
+            row < self.num_rows,
+            "row {row} of {} rows of logits",
+            self.num_rows
+        );
         self.rows.row(row)
     }
 
@@ -78,14 +82,24 @@ impl Runner {
         simd: Simd,
     ) -> Result<Self, Error> {
         if options.threads == 0 || options.max_num_batched_tokens == 0 {
-            return Err(Error::Input("a runner needs a thread and a token per step at least".into()));
+            return Err(Error::Input(
+                "a runner needs a thread and a token per step at least".into(),
+            ));
         }
         let config = ModelConfig::load(model_path)?;
         let checkpoint = Checkpoint::open(model_path)?;
         let threads = Threads::new(options.threads)?;
-        let buffers = Buffers::new(&config, options.max_num_batched_tokens, threads.num_threads());
+        let buffers = Buffers::new(
+            &config,
+            options.max_num_batched_tokens,
+            threads.num_threads(),
+        );
         let model = Model::load(config, &checkpoint, &threads)?;
-        tracing::debug!(instruction_set = simd.name(), threads = options.threads, "model loaded");
+        tracing::debug!(
+            instruction_set = simd.name(),
+            threads = options.threads,
+            "model loaded"
+        );
         Ok(Self {
             model,
             cpu: Cpu { simd, threads },
@@ -119,11 +133,19 @@ impl Runner {
     /// Computes a step: keys and values of its tokens go to the cache, the wanted logits come back.
     pub fn forward(&mut self, input: &StepInput) -> Result<Logits<'_>, Error> {
         self.check(input)?;
-        let Self { model, cpu, rope, cache, buffers, .. } = self;
+        let Self {
+            model,
+            cpu,
+            rope,
+            cache,
+            buffers,
+            ..
+        } = self;
         let Some(cache) = cache else {
             return Err(Error::Input("the runner has no KV cache yet".into()));
         };
-        cpu.threads.step(|| model.forward(cpu, input, (rope, cache), buffers));
+        cpu.threads
+            .step(|| model.forward(cpu, input, (rope, cache), buffers));
         let (rows, num_rows) = self.buffers.logits();
         Ok(Logits { rows, num_rows })
     }
@@ -139,7 +161,11 @@ impl Runner {
                 self.max_num_batched_tokens
             )));
         }
-        if let Some(token) = input.token_ids.iter().find(|token| **token as usize >= config.vocab_size) {
+        if let Some(token) = input
+            .token_ids
+            .iter()
+            .find(|token| **token as usize >= config.vocab_size)
+        {
             return Err(Error::Input(format!(
                 "the token {token} is outside of the model's vocabulary of {}",
                 config.vocab_size
@@ -147,15 +173,20 @@ impl Runner {
         }
         let mut num_scheduled = 0;
         for (index, sequence) in input.sequences.iter().enumerate() {
-            let end = sequence.num_computed_tokens.saturating_add(sequence.num_scheduled_tokens);
+            let end = sequence
+                .num_computed_tokens
+                .saturating_add(sequence.num_scheduled_tokens);
             num_scheduled += sequence.num_scheduled_tokens;
-            let wrong = |what: String| Err(Error::Input(format!("sequence {index} of the step {what}")));
+            let wrong =
+                |what: String| Err(Error::Input(format!("sequence {index} of the step {what}")));
             if sequence.num_scheduled_tokens == 0 {
                 return wrong("has no tokens".into());
             }
             let most = config.max_position_embeddings.min(num_blocks * BLOCK_SIZE);
             if end > most {
-                return wrong(format!("reaches {end} tokens, model and cache end at {most}"));
+                return wrong(format!(
+                    "reaches {end} tokens, model and cache end at {most}"
+                ));
             }
             let Some(blocks) = sequence.block_table.get(..end.div_ceil(BLOCK_SIZE)) else {
                 let given = sequence.block_table.len();
@@ -171,5 +202,51 @@ impl Runner {
             )));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::step::{BlockId, SequenceInput};
+
+    #[test]
+    fn every_instruction_set_gives_the_same_bits() {
+        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
+        for model in ["llama-odd", "llama-bias", "llama-bf16"] {
+            let steps = [(0, 50), (50, 1), (51, 2)].map(|(computed, scheduled)| StepInput {
+                token_ids: (0..scheduled)
+                    .map(|i| ((i + computed) * 7 % 300) as u32)
+                    .collect(),
+                sequences: vec![SequenceInput {
+                    num_scheduled_tokens: scheduled,
+                    num_computed_tokens: computed,
+                    block_table: [3, 1, 0, 2].map(BlockId).to_vec(),
+                    wants_logits: true,
+                }],
+            });
+            let mut logits = Simd::available().into_iter().map(|simd| {
+                let options = RunnerOptions {
+                    threads: 1,
+                    max_num_batched_tokens: 64,
+                };
+                let mut runner = Runner::load_with(&fixtures.join(model), &options, simd).unwrap();
+                runner.allocate_kv_cache(4).unwrap();
+                let bits = |step| -> Vec<u32> {
+                    runner
+                        .forward(step)
+                        .unwrap()
+                        .row(0)
+                        .iter()
+                        .map(|x| x.to_bits())
+                        .collect()
+                };
+                (simd.name(), steps.iter().map(bits).collect::<Vec<_>>())
+            });
+            let (_, first) = logits.next().unwrap();
+            for (name, other) in logits {
+                assert!(first == other, "{model}: {name} differs");
+            }
+        }
     }
 }

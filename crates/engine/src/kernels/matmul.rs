@@ -38,13 +38,16 @@ impl PackedMatrix {
         decode: impl Fn(usize, &mut [f32]) + Sync,
     ) -> Self {
         let len = out_features.div_ceil(LANES) * in_features;
-        let pack_panel = |panel: usize, row: &mut Vec<f32>, set: &mut dyn FnMut(usize, usize, f32)| {
-            row.resize(in_features, 0.0);
-            for lane in 0..LANES.min(out_features - panel * LANES) {
-                decode(panel * LANES + lane, row);
-                row.iter().enumerate().for_each(|(k, weight)| set(k, lane, *weight));
-            }
-        };
+        let pack_panel =
+            |panel: usize, row: &mut Vec<f32>, set: &mut dyn FnMut(usize, usize, f32)| {
+                row.resize(in_features, 0.0);
+                for lane in 0..LANES.min(out_features - panel * LANES) {
+                    decode(panel * LANES + lane, row);
+                    row.iter()
+                        .enumerate()
+                        .for_each(|(k, weight)| set(k, lane, *weight));
+                }
+            };
         let panels = if bf16 {
             let mut panels = vec![Bf16Lanes::ZERO; len];
             threads.share_chunks(&mut panels, in_features, |panel, row, lanes| {
@@ -60,7 +63,11 @@ impl PackedMatrix {
             });
             Panels::F32(panels)
         };
-        Self { panels, in_features, out_features }
+        Self {
+            panels,
+            in_features,
+            out_features,
+        }
     }
 }
 
@@ -116,27 +123,137 @@ pub(crate) fn matmul(
         (Epilogue::Store, Some(bias)) => Finish::StoreBiased(bias),
         (Epilogue::Add, Some(bias)) => Finish::AddBiased(bias),
     };
-    let PackedMatrix { panels, in_features, out_features } = &linear.weight;
+    let PackedMatrix {
+        panels,
+        in_features,
+        out_features,
+    } = &linear.weight;
     assert_eq!(out.width(), *out_features, "width of the output");
     let num_panels = out_features.div_ceil(LANES);
     let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
     let num_panel_pieces = num_panels.div_ceil(PIECE_PANELS);
     let work = num_rows * in_features * out_features;
-    cpu.threads.share(num_row_pieces * num_panel_pieces, work, |piece| {
-        let first_row = piece / num_panel_pieces * PIECE_ROWS;
-        let first_panel = piece % num_panel_pieces * PIECE_PANELS;
-        let rows = first_row..(first_row + PIECE_ROWS).min(num_rows);
-        let columns = first_panel..(first_panel + PIECE_PANELS).min(num_panels);
-        let in_features = *in_features;
-        match panels {
-            Panels::F32(panels) => {
-                let w = Contiguous { panels, in_features };
-                cpu.simd.run(Product { x, rows, w, panels: columns, out, finish });
+    cpu.threads
+        .share(num_row_pieces * num_panel_pieces, work, |piece| {
+            let first_row = piece / num_panel_pieces * PIECE_ROWS;
+            let first_panel = piece % num_panel_pieces * PIECE_PANELS;
+            let rows = first_row..(first_row + PIECE_ROWS).min(num_rows);
+            let columns = first_panel..(first_panel + PIECE_PANELS).min(num_panels);
+            let in_features = *in_features;
+            match panels {
+                Panels::F32(panels) => {
+                    let w = Contiguous {
+                        panels,
+                        in_features,
+                    };
+                    cpu.simd.run(Product {
+                        x,
+                        rows,
+                        w,
+                        panels: columns,
+                        out,
+                        finish,
+                    });
+                }
+                Panels::Bf16(panels) => {
+                    let w = Contiguous {
+                        panels,
+                        in_features,
+                    };
+                    cpu.simd.run(Product {
+                        x,
+                        rows,
+                        w,
+                        panels: columns,
+                        out,
+                        finish,
+                    });
+                }
             }
-            Panels::Bf16(panels) => {
-                let w = Contiguous { panels, in_features };
-                cpu.simd.run(Product { x, rows, w, panels: columns, out, finish });
+        });
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::{Activations, Simd};
+    use super::*;
+
+    /// Numbers from -1 to 1 that bfloat16 holds.
+    fn number(seed: usize) -> f32 {
+        let mixed = (seed as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 57;
+        (mixed as f32 - 64.0) / 64.0
+    }
+
+    fn multiply(
+        cpu: &Cpu,
+        (rows, k, n): (usize, usize, usize),
+        bf16: bool,
+        bias: bool,
+    ) -> Vec<f32> {
+        let weight = PackedMatrix::pack(&cpu.threads, (n, k), bf16, |row, out| {
+            out.iter_mut()
+                .enumerate()
+                .for_each(|(i, out)| *out = number(row * k + i));
+        });
+        let linear = Linear {
+            weight,
+            bias: bias.then(|| (0..n).map(number).collect()),
+        };
+        let mut x = Activations::new(rows, k);
+        let mut out = Activations::new(rows, n);
+        for row in 0..rows {
+            x.row_mut(row)
+                .iter_mut()
+                .enumerate()
+                .for_each(|(i, x)| *x = number(7 + row * k + i));
+        }
+        matmul(
+            cpu,
+            (x.rows(), rows),
+            &linear,
+            (out.shared(), Epilogue::Store),
+        );
+        matmul(
+            cpu,
+            (x.rows(), rows),
+            &linear,
+            (out.shared(), Epilogue::Add),
+        );
+        (0..rows).flat_map(|row| out.row(row).to_vec()).collect()
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(40))]
+
+        #[test]
+        fn product_agrees_with_f64_and_is_the_same_everywhere(
+            rows in 1usize..30, k in 1usize..70, n in 1usize..150, bias: bool,
+        ) {
+            let mut results = Vec::new();
+            for simd in Simd::available() {
+                for num_threads in [1, 2] {
+                    let cpu = Cpu { simd, threads: Threads::new(num_threads).unwrap() };
+                    for bf16 in [false, true] {
+                        results.push(multiply(&cpu, (rows, k, n), bf16, bias));
+                    }
+                }
+            }
+            for row in 0..rows {
+                for column in 0..n {
+                    let sum: f64 = (0..k)
+                        .map(|i| f64::from(number(7 + row * k + i)) * f64::from(number(column * k + i)))
+                        .sum();
+                    let want = 2.0 * (sum + if bias { f64::from(number(column)) } else { 0.0 });
+                    let got = f64::from(results[0][row * n + column]);
+                    prop_assert!((got - want).abs() < 1e-4, "({row}, {column}) is {got}, not {want}");
+                }
+            }
+            for other in &results[1..] {
+                let same = other.iter().zip(&results[0]).all(|(a, b)| a.to_bits() == b.to_bits());
+                prop_assert!(same, "instruction sets, threads or formats differ");
             }
         }
-    });
+    }
 }

@@ -103,7 +103,8 @@ impl<W: Operand> Product<'_, W> {
         for s in 0..self.w.num_segments() {
             let len = self.w.segment(panel, s).len();
             let x: [&[f32]; R] = std::array::from_fn(|r| self.x.slice(row + r, k, len));
-            let w: [&[W::Stored]; P] = std::array::from_fn(|p| &self.w.segment(panel + p, s)[..len]);
+            let w: [&[W::Stored]; P] =
+                std::array::from_fn(|p| &self.w.segment(panel + p, s)[..len]);
             accumulate(&mut sums, x, w, len);
             k += len;
         }
@@ -117,7 +118,10 @@ impl<W: Operand> Product<'_, W> {
     }
 
     #[inline(always)]
-    #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
+    #[expect(
+        unsafe_code,
+        reason = "several threads write disjoint columns of the same rows"
+    )]
     fn write(&self, row: usize, column: usize, sums: &Lanes) {
         let len = LANES.min(self.out.width() - column);
         // SAFETY: the rows and columns of this product are the runner's alone; tiles are disjoint.

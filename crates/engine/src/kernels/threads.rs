@@ -22,14 +22,22 @@ impl Threads {
     /// Starts `num_threads` threads; with one, everything runs on the caller's.
     pub(crate) fn new(num_threads: usize) -> Result<Self, Error> {
         if num_threads <= 1 {
-            return Ok(Self { pool: None, num_threads: 1 });
+            return Ok(Self {
+                pool: None,
+                num_threads: 1,
+            });
         }
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(num_threads)
             .thread_name(|index| format!("engine-{index}"))
             .build()
-            .map_err(|error| Error::OutOfMemory(format!("cannot start {num_threads} threads: {error}")))?;
-        Ok(Self { pool: Some(pool), num_threads })
+            .map_err(|error| {
+                Error::OutOfMemory(format!("cannot start {num_threads} threads: {error}"))
+            })?;
+        Ok(Self {
+            pool: Some(pool),
+            num_threads,
+        })
     }
 
     /// How many there are.
@@ -39,7 +47,10 @@ impl Threads {
 
     /// Index of the thread that calls, below [`Self::num_threads`].
     pub(crate) fn current(&self) -> usize {
-        self.pool.as_ref().and_then(rayon::ThreadPool::current_thread_index).unwrap_or(0)
+        self.pool
+            .as_ref()
+            .and_then(rayon::ThreadPool::current_thread_index)
+            .unwrap_or(0)
     }
 
     /// Runs a whole step on one of the threads, so that its operations find them awake.
@@ -51,13 +62,23 @@ impl Threads {
     }
 
     /// Runs `piece(0)` to `piece(num_pieces - 1)`, in any order, shared out when `work` in all is worth it.
-    pub(crate) fn share(&self, num_pieces: usize, work: usize, piece: impl Fn(usize) + Send + Sync) {
+    pub(crate) fn share(
+        &self,
+        num_pieces: usize,
+        work: usize,
+        piece: impl Fn(usize) + Send + Sync,
+    ) {
         if self.num_threads == 1 || num_pieces < 2 || work < MIN_PARALLEL_WORK {
             (0..num_pieces).for_each(piece);
             return;
         }
-        let grain = MIN_PIECE_WORK.div_ceil((work / num_pieces).max(1)).min(num_pieces);
-        (0..num_pieces).into_par_iter().with_min_len(grain).for_each(piece);
+        let grain = MIN_PIECE_WORK
+            .div_ceil((work / num_pieces).max(1))
+            .min(num_pieces);
+        (0..num_pieces)
+            .into_par_iter()
+            .with_min_len(grain)
+            .for_each(piece);
     }
 
     /// Runs `piece(index, scratch, chunk)` for each chunk of `data`, shared out.
@@ -77,7 +98,9 @@ impl Threads {
         self.step(|| {
             data.par_chunks_mut(chunk_len)
                 .enumerate()
-                .for_each_init(S::default, |scratch, (index, chunk)| piece(index, scratch, chunk));
+                .for_each_init(S::default, |scratch, (index, chunk)| {
+                    piece(index, scratch, chunk)
+                });
         });
     }
 }

@@ -18,7 +18,11 @@ impl Sequence {
     /// A sequence whose blocks are those from `first` on.
     pub fn contiguous(tokens: Vec<TokenId>, first: u32, max_len: usize) -> Self {
         let num_blocks = max_len.div_ceil(BLOCK_SIZE) as u32;
-        Self { tokens, num_computed: 0, blocks: (first..first + num_blocks).map(BlockId).collect() }
+        Self {
+            tokens,
+            num_computed: 0,
+            blocks: (first..first + num_blocks).map(BlockId).collect(),
+        }
     }
 
     /// The next `num_tokens` of its tokens (or what is left) are computed.
@@ -51,12 +55,19 @@ pub fn step(runner: &mut Runner, sequences: &mut [&mut Sequence], chunk: usize) 
     for sequence in sequences {
         sequence.schedule(chunk, &mut input);
     }
-    runner.forward(&input).unwrap().rows().map(<[f32]>::to_vec).collect()
+    runner
+        .forward(&input)
+        .unwrap()
+        .rows()
+        .map(<[f32]>::to_vec)
+        .collect()
 }
 
 /// The token with the highest logit, the first of equals.
 pub fn argmax(logits: &[f32]) -> TokenId {
-    let best = (0..logits.len()).rev().max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+    let best = (0..logits.len())
+        .rev()
+        .max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
     best.unwrap() as TokenId
 }
 
@@ -69,7 +80,8 @@ pub fn generate(
     let mut generated = vec![Vec::new(); sequences.len()];
     for _ in 0..num_tokens {
         let logits = step(runner, sequences, usize::MAX / 2);
-        for ((sequence, logits), generated) in sequences.iter_mut().zip(logits).zip(&mut generated) {
+        for ((sequence, logits), generated) in sequences.iter_mut().zip(logits).zip(&mut generated)
+        {
             let token = argmax(&logits);
             sequence.tokens.push(token);
             generated.push(token);
