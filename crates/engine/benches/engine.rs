@@ -4,7 +4,7 @@
 //! peak is of what this machine does at most, measured by the first line.
 #![expect(clippy::print_stdout, reason = "its output is its purpose")]
 
-#[allow(dead_code, reason = "shared with the tests")]
+#[expect(clippy::unwrap_used, reason = "shared with the tests")]
 #[path = "../tests/common/synthetic.rs"]
 mod synthetic;
 

@@ -130,7 +130,7 @@ impl Attention {
         let mut heads: Vec<_> = cache.heads_mut().collect();
         cpu.threads
             .share_chunks(&mut heads, 1, |head, (): &mut (), cache| {
-                write(head, &mut cache[0])
+                write(head, &mut cache[0]);
             });
     }
 

@@ -388,6 +388,7 @@ mod tests {
         })
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "called with literals")]
     fn with(changes: Value) -> Result<ModelConfig, Error> {
         let mut config = base();
         for (name, value) in changes.as_object().unwrap() {

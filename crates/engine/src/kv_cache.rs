@@ -58,11 +58,6 @@ impl KvCache {
         self.num_blocks
     }
 
-    /// A layer, to read.
-    pub(crate) fn layer(&self, layer: usize) -> &LayerCache {
-        &self.layers[layer]
-    }
-
     /// A layer, to write.
     pub(crate) fn layer_mut(&mut self, layer: usize) -> &mut LayerCache {
         &mut self.layers[layer]

@@ -11,7 +11,7 @@ use crate::config::ModelConfig;
 use crate::kernels::{Activations, Cpu, Simd, Threads};
 use crate::kv_cache::{KvCache, bytes_per_block};
 use crate::model::Model;
-use crate::model::decoder::Buffers;
+use crate::model::decoder::{Buffers, Step};
 use crate::model::rope::RopeTable;
 use crate::step::{BLOCK_SIZE, StepInput};
 use crate::weights::Checkpoint;
@@ -144,8 +144,8 @@ impl Runner {
         let Some(cache) = cache else {
             return Err(Error::Input("the runner has no KV cache yet".into()));
         };
-        cpu.threads
-            .step(|| model.forward(cpu, input, (rope, cache), buffers));
+        let step = Step { cpu, input, rope };
+        cpu.threads.step(|| model.forward(step, cache, buffers));
         let (rows, num_rows) = self.buffers.logits();
         Ok(Logits { rows, num_rows })
     }

@@ -96,17 +96,18 @@ pub(crate) struct SharedRows<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-// SAFETY: the memory is borrowed exclusively for `'a`; who takes a part of it answers for there being no other.
 #[expect(
     unsafe_code,
     reason = "several threads write disjoint columns of the same rows"
 )]
+// SAFETY: the memory is borrowed exclusively for `'a`; who takes a part answers for there being no other.
 unsafe impl Send for SharedRows<'_> {}
-// SAFETY: as for `Send`.
+
 #[expect(
     unsafe_code,
     reason = "several threads write disjoint columns of the same rows"
 )]
+// SAFETY: as for `Send`.
 unsafe impl Sync for SharedRows<'_> {}
 
 impl<'a> SharedRows<'a> {

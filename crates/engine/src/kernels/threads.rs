@@ -96,11 +96,12 @@ impl Threads {
             return;
         }
         self.step(|| {
-            data.par_chunks_mut(chunk_len)
-                .enumerate()
-                .for_each_init(S::default, |scratch, (index, chunk)| {
-                    piece(index, scratch, chunk)
-                });
+            data.par_chunks_mut(chunk_len).enumerate().for_each_init(
+                S::default,
+                |scratch, (index, chunk)| {
+                    piece(index, scratch, chunk);
+                },
+            );
         });
     }
 }

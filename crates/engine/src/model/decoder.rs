@@ -5,7 +5,7 @@ use super::{Layer, Model};
 use crate::attention::{Attention, LayerInput};
 use crate::config::ModelConfig;
 use crate::kernels::{Activations, Cpu, Epilogue, matmul, rms_norm, silu_mul};
-use crate::kv_cache::KvCache;
+use crate::kv_cache::{KvCache, LayerCache};
 use crate::step::StepInput;
 
 /// Tokens that go through the feed-forward network together: what lies between its layers stays in cache.
@@ -53,40 +53,39 @@ impl Buffers {
     }
 }
 
+/// What every layer of a step is given.
+#[derive(Clone, Copy)]
+pub(crate) struct Step<'a> {
+    /// What computes.
+    pub(crate) cpu: &'a Cpu,
+    /// The step.
+    pub(crate) input: &'a StepInput,
+    /// Angles of every position.
+    pub(crate) rope: &'a RopeTable,
+}
+
 impl Model {
     /// Computes a step that was checked: keys and values go to the cache, logits to the buffers.
-    pub(crate) fn forward(
-        &self,
-        cpu: &Cpu,
-        input: &StepInput,
-        (rope, cache): (&RopeTable, &mut KvCache),
-        buffers: &mut Buffers,
-    ) {
-        let num_tokens = input.token_ids.len();
-        buffers.attention.plan(&self.config, input);
-        for (row, token) in input.token_ids.iter().enumerate() {
+    pub(crate) fn forward(&self, step: Step<'_>, cache: &mut KvCache, buffers: &mut Buffers) {
+        let num_tokens = step.input.token_ids.len();
+        buffers.attention.plan(&self.config, step.input);
+        for (row, token) in step.input.token_ids.iter().enumerate() {
             self.embedding
                 .look_up(*token as usize, buffers.hidden.row_mut(row));
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            self.attend(cpu, (layer, index), input, (rope, cache), buffers);
+            self.attend(step, layer, cache.layer_mut(index), buffers);
             for first in (0..num_tokens).step_by(MLP_ROWS) {
                 let rows = first..num_tokens.min(first + MLP_ROWS);
-                self.feed_forward(cpu, layer, rows, buffers);
+                self.feed_forward(step.cpu, layer, rows, buffers);
             }
         }
-        self.project_output(cpu, input, buffers);
+        self.project_output(step, buffers);
     }
 
     /// `hidden += attention(norm(hidden))`
-    fn attend(
-        &self,
-        cpu: &Cpu,
-        (layer, index): (&Layer, usize),
-        input: &StepInput,
-        (rope, cache): (&RopeTable, &mut KvCache),
-        buffers: &mut Buffers,
-    ) {
+    fn attend(&self, step: Step<'_>, layer: &Layer, cache: &mut LayerCache, buffers: &mut Buffers) {
+        let Step { cpu, input, rope } = step;
         let Buffers {
             hidden,
             normed,
@@ -121,13 +120,8 @@ impl Model {
             qk_norm,
             qkv: qkv.rows(),
         };
-        attention.write(cpu, layer_input, cache.layer_mut(index));
-        attention.attend(
-            cpu,
-            layer_input,
-            (input, cache.layer(index)),
-            attended.shared(),
-        );
+        attention.write(cpu, layer_input, cache);
+        attention.attend(cpu, layer_input, (input, cache), attended.shared());
         let out = (hidden.shared(), Epilogue::Add);
         matmul(
             cpu,
@@ -164,7 +158,7 @@ impl Model {
     }
 
     /// Logits of the last tokens of the sequences that want them.
-    fn project_output(&self, cpu: &Cpu, input: &StepInput, buffers: &mut Buffers) {
+    fn project_output(&self, Step { cpu, input, .. }: Step<'_>, buffers: &mut Buffers) {
         let Buffers {
             hidden,
             normed,

@@ -5,18 +5,18 @@ use engine::step::{BLOCK_SIZE, BlockId, SequenceInput, StepInput, TokenId};
 
 /// A sequence as a scheduler would keep it.
 #[derive(Clone, Debug)]
-pub struct Sequence {
+pub(crate) struct Sequence {
     /// Prompt and what was generated.
-    pub tokens: Vec<TokenId>,
+    pub(crate) tokens: Vec<TokenId>,
     /// Tokens whose keys and values are in the cache.
-    pub num_computed: usize,
+    pub(crate) num_computed: usize,
     /// Its blocks.
-    pub blocks: Vec<BlockId>,
+    pub(crate) blocks: Vec<BlockId>,
 }
 
 impl Sequence {
     /// A sequence whose blocks are those from `first` on.
-    pub fn contiguous(tokens: Vec<TokenId>, first: u32, max_len: usize) -> Self {
+    pub(crate) fn contiguous(tokens: Vec<TokenId>, first: u32, max_len: usize) -> Self {
         let num_blocks = max_len.div_ceil(BLOCK_SIZE) as u32;
         Self {
             tokens,
@@ -26,7 +26,7 @@ impl Sequence {
     }
 
     /// The next `num_tokens` of its tokens (or what is left) are computed.
-    pub fn schedule(&mut self, num_tokens: usize, input: &mut StepInput) {
+    pub(crate) fn schedule(&mut self, num_tokens: usize, input: &mut StepInput) {
         let start = self.num_computed;
         let end = self.tokens.len().min(start + num_tokens);
         input.token_ids.extend(&self.tokens[start..end]);
@@ -41,7 +41,7 @@ impl Sequence {
 }
 
 /// Computes what is left of a sequence in chunks; the logits of each chunk's last token.
-pub fn run(runner: &mut Runner, sequence: &mut Sequence, chunk: usize) -> Vec<Vec<f32>> {
+pub(crate) fn run(runner: &mut Runner, sequence: &mut Sequence, chunk: usize) -> Vec<Vec<f32>> {
     let mut logits = Vec::new();
     while sequence.num_computed < sequence.tokens.len() {
         logits.extend(step(runner, &mut [sequence], chunk));
@@ -50,7 +50,11 @@ pub fn run(runner: &mut Runner, sequence: &mut Sequence, chunk: usize) -> Vec<Ve
 }
 
 /// One step of several sequences, up to `chunk` tokens of each.
-pub fn step(runner: &mut Runner, sequences: &mut [&mut Sequence], chunk: usize) -> Vec<Vec<f32>> {
+pub(crate) fn step(
+    runner: &mut Runner,
+    sequences: &mut [&mut Sequence],
+    chunk: usize,
+) -> Vec<Vec<f32>> {
     let mut input = StepInput::default();
     for sequence in sequences {
         sequence.schedule(chunk, &mut input);
@@ -64,7 +68,7 @@ pub fn step(runner: &mut Runner, sequences: &mut [&mut Sequence], chunk: usize) 
 }
 
 /// The token with the highest logit, the first of equals.
-pub fn argmax(logits: &[f32]) -> TokenId {
+pub(crate) fn argmax(logits: &[f32]) -> TokenId {
     let best = (0..logits.len())
         .rev()
         .max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
@@ -72,7 +76,7 @@ pub fn argmax(logits: &[f32]) -> TokenId {
 }
 
 /// Greedy tokens of several sequences that run side by side.
-pub fn generate(
+pub(crate) fn generate(
     runner: &mut Runner,
     sequences: &mut [&mut Sequence],
     num_tokens: usize,
