@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         _ => return Err("expected a number of documents and one of queries".into()),
     };
     let dir = tempfile::tempdir()?;
-    let report = producer::bench::retrieval(num_documents, num_queries, dir.path())?;
+    let report = flotilla_producer::bench::retrieval(num_documents, num_queries, dir.path())?;
     serde_json::to_writer_pretty(std::io::stdout().lock(), &report)?;
     writeln!(std::io::stdout())?;
     Ok(())

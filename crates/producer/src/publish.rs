@@ -1,14 +1,10 @@
 //! Contexts in, jobs out: gives each context its settings and seed, and publishes it.
 //!
 //! Bad input with an id becomes a failed outcome, so that its line says why; bad input without one
-//! goes to the caller's report. An id that comes twice is published once.
-
-use std::collections::HashMap;
-use std::hash::{DefaultHasher, Hash, Hasher};
+//! goes to the caller's report.
 
 use shared::{
-    Context, Generation, IdDigest, Job, JobId, Outcome, Queue, QueueError, RunId, Settled,
-    WIRE_VERSION, job_seed,
+    Context, Generation, Job, Outcome, Queue, QueueError, RunId, Settled, WIRE_VERSION, job_seed,
 };
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -44,12 +40,13 @@ impl JobTemplate {
         }
     }
 
-    fn failed(&self, id: JobId, query: String, reason: String) -> Settled {
+    fn failed(&self, context: Context) -> Settled {
+        let reason = context.error.clone().unwrap_or_default();
         Settled {
             version: WIRE_VERSION,
             run: self.run.clone(),
-            seed: job_seed(self.generation.seed, &id),
-            context: Context::failed(id, query, reason.clone()),
+            seed: job_seed(self.generation.seed, &context.id),
+            context,
             model: None,
             worker_rank: 0,
             attempts: 0,
@@ -64,12 +61,10 @@ impl JobTemplate {
 pub struct Published {
     /// Jobs on the queue.
     pub jobs: u64,
-    /// Bad input with an id, published as failed outcomes.
+    /// Input that has no context to answer from, published as failed outcomes.
     pub failed: u64,
     /// Bad input that can have no line, given to the report.
     pub rejected: u64,
-    /// Exact repeats of an earlier query, left out.
-    pub repeated: u64,
 }
 
 impl Published {
@@ -90,34 +85,36 @@ pub async fn publish<J: Queue<Job>, O: Queue<Settled>>(
     report: &mut impl FnMut(&BadInput),
 ) -> Result<Published, QueueError> {
     let mut inbox = read_ahead(contexts);
-    let mut seen = Seen::default();
     let mut published = Published::default();
     loop {
-        let next = tokio::select! {
-            biased;
-            () = shutdown.cancelled() => break,
-            next = inbox.recv() => next,
+        let publishing = async {
+            let Some(next) = inbox.recv().await else { return Ok(false) };
+            match next.or_else(BadInput::into_context) {
+                Ok(context) if context.success => {
+                    jobs.publish(template.job(context)).await?;
+                    published.jobs += 1;
+                }
+                Ok(context) => {
+                    outcomes.publish(template.failed(context)).await?;
+                    published.failed += 1;
+                }
+                Err(bad) => {
+                    report(&bad);
+                    published.rejected += 1;
+                }
+            }
+            Ok(true)
         };
-        let Some(next) = next else { break };
-        match next.and_then(|context| seen.admit(context)) {
-            Ok(Some(context)) => {
-                jobs.publish(template.job(context)).await?;
-                published.jobs += 1;
-            }
-            Ok(None) => published.repeated += 1,
-            Err(BadInput { id: Some(id), query, reason, .. }) if seen.is_new(&id) => {
-                seen.0.insert(id.digest(), 0);
-                let settled = template.failed(id, query.unwrap_or_default(), reason);
-                outcomes.publish(settled).await?;
-                published.failed += 1;
-            }
-            Err(bad) => {
-                report(&bad);
-                published.rejected += 1;
-            }
+        // What a shutdown leaves unpublished, the same command publishes.
+        let more = tokio::select! {
+            biased;
+            () = shutdown.cancelled() => return Ok(published),
+            more = publishing => more?,
+        };
+        if !more {
+            return Ok(published);
         }
     }
-    Ok(published)
 }
 
 /// Reads and retrieves on a thread of its own, a bounded number ahead.
@@ -134,32 +131,4 @@ fn read_ahead(
         }
     });
     inbox
-}
-
-/// The ids of this input, each with a hash of its query: 24 bytes an id.
-#[derive(Default)]
-struct Seen(HashMap<IdDigest, u64>);
-
-impl Seen {
-    fn is_new(&self, id: &JobId) -> bool {
-        !self.0.contains_key(&id.digest())
-    }
-
-    /// The context if its id is new, nothing if the same query came before, an error if another did.
-    fn admit(&mut self, context: Context) -> Result<Option<Context>, BadInput> {
-        let mut hasher = DefaultHasher::new();
-        (&context.query, &context.target_api, &context.dependencies).hash(&mut hasher);
-        let body = hasher.finish();
-        match self.0.insert(context.id.digest(), body) {
-            None => Ok(Some(context)),
-            Some(earlier) if earlier == body => Ok(None),
-            Some(_) => Err(BadInput {
-                file: "input".into(),
-                line: 0,
-                reason: format!("id '{}' is already used by another query", context.id),
-                id: Some(context.id),
-                query: Some(context.query),
-            }),
-        }
-    }
 }

@@ -13,7 +13,7 @@ pub struct Version {
     parts: Vec<Part>,
 }
 
-/// Ordered by age: `None` of two lists' parts stands where [`Part::END`] does.
+/// Ordered by age; a missing part counts as zero.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Part {
     Dev,
@@ -21,13 +21,10 @@ enum Part {
     Beta,
     Candidate,
     Other(String),
-    Number(u64),
+    Zero,
     Post,
-}
-
-impl Part {
-    /// What a missing part counts as.
-    const END: Self = Self::Number(0);
+    /// Of 1 or more.
+    Number(u64),
 }
 
 impl Version {
@@ -55,7 +52,7 @@ impl Version {
                 parts.push(Self::part(part));
             }
         }
-        while parts.last() == Some(&Part::END) {
+        while parts.last() == Some(&Part::Zero) {
             parts.pop();
         }
         Self { text, parts }
@@ -68,9 +65,11 @@ impl Version {
             "b" | "beta" => Part::Beta,
             "rc" | "c" | "pre" | "preview" => Part::Candidate,
             "post" | "r" | "rev" => Part::Post,
-            _ => text
-                .parse()
-                .map_or_else(|_| Part::Other(text.to_owned()), Part::Number),
+            _ => match text.parse() {
+                Ok(0) => Part::Zero,
+                Ok(number) => Part::Number(number),
+                Err(_) => Part::Other(text.to_owned()),
+            },
         }
     }
 }
@@ -80,7 +79,7 @@ impl Ord for Version {
         let len = self.parts.len().max(other.parts.len());
         (0..len)
             .map(|k| {
-                let part = |version: &Self| version.parts.get(k).cloned().unwrap_or(Part::END);
+                let part = |version: &Self| version.parts.get(k).cloned().unwrap_or(Part::Zero);
                 part(self).cmp(&part(other))
             })
             .find(|ordering| ordering.is_ne())
