@@ -10,8 +10,8 @@ mod synthetic;
 
 use std::time::{Duration, Instant};
 
-use engine::step::{BLOCK_SIZE, BlockId, SequenceInput, StepInput};
-use engine::{Runner, RunnerOptions};
+use flotilla_engine::step::{BLOCK_SIZE, BlockId, SequenceInput, StepInput};
+use flotilla_engine::{Runner, RunnerOptions};
 use synthetic::{Random, Shape};
 
 const SMALL: Shape = Shape {

@@ -395,3 +395,111 @@ fn grow(memory: &mut Vec<f32>, len: usize) {
         memory.resize(len, 0.0);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::{Activations, Simd, Threads};
+    use crate::kv_cache::KvCache;
+    use crate::step::SequenceInput;
+
+    const NUM_TOKENS: usize = 75;
+
+    fn config(num_kv_heads: usize, head_dim: usize) -> ModelConfig {
+        let json = serde_json::json!({
+            "model_type": "llama", "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "num_key_value_heads": num_kv_heads, "head_dim": head_dim,
+            "vocab_size": 8, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+        });
+        ModelConfig::parse(&json.to_string()).unwrap()
+    }
+
+    /// Position by position, in `f64`, out of a plain list of rotated rows.
+    fn naive(config: &ModelConfig, rope: &RopeTable, qkv: &Activations, head: usize) -> Vec<f64> {
+        let dim = config.head_dim;
+        let rotated = |row: usize, column: usize| -> Vec<f64> {
+            let (cos, sin) = rope.at(row);
+            let x = &qkv.row(row)[column..][..dim];
+            (0..dim)
+                .map(|i| {
+                    let pair = i % (dim / 2);
+                    let (a, b) = (f64::from(x[pair]), f64::from(x[pair + dim / 2]));
+                    let (cos, sin) = (f64::from(cos[pair]), f64::from(sin[pair]));
+                    if i < dim / 2 {
+                        a * cos - b * sin
+                    } else {
+                        b * cos + a * sin
+                    }
+                })
+                .collect()
+        };
+        let key_column = config.query_width() + head / config.heads_per_kv_head() * dim;
+        let value_column = key_column + config.kv_width();
+        let mut out = Vec::new();
+        for row in 0..NUM_TOKENS {
+            let query = rotated(row, head * dim);
+            let weights: Vec<f64> = (0..=row)
+                .map(|key| {
+                    let key = rotated(key, key_column);
+                    let dot: f64 = query.iter().zip(key).map(|(q, k)| q * k).sum();
+                    (dot / (dim as f64).sqrt()).exp()
+                })
+                .collect();
+            let total: f64 = weights.iter().sum();
+            out.extend((0..dim).map(|i| {
+                let value = |key: usize| f64::from(qkv.row(key)[value_column + i]);
+                (0..=row).map(|key| weights[key] * value(key)).sum::<f64>() / total
+            }));
+        }
+        out
+    }
+
+    #[test]
+    fn attention_agrees_with_the_plain_formula() {
+        for (num_kv_heads, head_dim) in [(4, 16), (2, 10), (1, 64), (1, 300)] {
+            let config = config(num_kv_heads, head_dim);
+            let width = config.query_width() + 2 * config.kv_width();
+            let mut qkv = Activations::new(NUM_TOKENS, width);
+            for row in 0..NUM_TOKENS {
+                let numbers = qkv.row_mut(row).iter_mut().enumerate();
+                numbers.for_each(|(i, x)| *x = ((row * 31 + i * 17) as f32 * 0.37).sin());
+            }
+            let rope = RopeTable::new(&config.rope, NUM_TOKENS);
+            let input = StepInput {
+                token_ids: vec![0; NUM_TOKENS],
+                sequences: vec![SequenceInput {
+                    num_scheduled_tokens: NUM_TOKENS,
+                    num_computed_tokens: 0,
+                    block_table: [6, 2, 5, 0, 3].map(BlockId).to_vec(),
+                    wants_logits: false,
+                }],
+            };
+            let cpu = Cpu {
+                simd: Simd::detect(),
+                threads: Threads::new(1).unwrap(),
+            };
+            let mut cache = KvCache::new(&config, 7).unwrap();
+            let mut attention = Attention::new(1);
+            let mut out = Activations::new(NUM_TOKENS, config.query_width());
+            let layer = LayerInput {
+                config: &config,
+                rope: &rope,
+                qk_norm: None,
+                qkv: qkv.rows(),
+            };
+            attention.plan(&config, &input);
+            attention.write(&cpu, layer, cache.layer_mut(0));
+            attention.attend(&cpu, layer, (&input, cache.layer_mut(0)), out.shared());
+            for head in 0..4 {
+                let want = naive(&config, &rope, &qkv, head);
+                for (i, want) in want.iter().enumerate() {
+                    let got = out.row(i / head_dim)[head * head_dim + i % head_dim];
+                    assert!(
+                        (f64::from(got) - want).abs() < 1e-5,
+                        "head {head}, {i}: {got}, {want}"
+                    );
+                }
+            }
+        }
+    }
+}

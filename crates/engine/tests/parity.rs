@@ -10,8 +10,8 @@ mod synthetic;
 use std::path::{Path, PathBuf};
 
 use driver::{Sequence, argmax, generate, run, step};
-use engine::step::{BlockId, SequenceInput, StepInput, TokenId};
-use engine::{Runner, RunnerOptions};
+use flotilla_engine::step::{BlockId, SequenceInput, StepInput, TokenId};
+use flotilla_engine::{Runner, RunnerOptions};
 use synthetic::{Random, Shape};
 
 const NUM_BLOCKS: usize = 128;

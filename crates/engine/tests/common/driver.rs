@@ -1,7 +1,7 @@
 //! Drives a runner without an engine: sequences with their blocks, step after step.
 
-use engine::Runner;
-use engine::step::{BLOCK_SIZE, BlockId, SequenceInput, StepInput, TokenId};
+use flotilla_engine::Runner;
+use flotilla_engine::step::{BLOCK_SIZE, BlockId, SequenceInput, StepInput, TokenId};
 
 /// A sequence as a scheduler would keep it.
 #[derive(Clone, Debug)]
