@@ -22,4 +22,7 @@ pub enum Error {
     /// A step or a request that cannot be computed; the model and its cache are as before.
     #[error("{0}")]
     Input(String),
+    /// A request that can never be served: the caller rejects it and goes on with the others.
+    #[error("{0}")]
+    Reject(String),
 }

@@ -1,0 +1,127 @@
+//! A sequence: one prompt with what has been generated for it, and where its keys and values lie.
+//!
+//! Plain data. The scheduler moves it between waiting and running, the block manager hands it blocks.
+
+use crate::block_manager::BlockHash;
+use crate::step::{BLOCK_SIZE, BlockId, TokenId};
+
+/// One prompt's state in the engine.
+#[derive(Clone, Debug)]
+pub struct Sequence {
+    id: u64,
+    /// The prompt, then the generated tokens.
+    token_ids: Vec<TokenId>,
+    num_prompt_tokens: usize,
+    /// Tokens whose keys and values are in `block_table`.
+    pub(crate) num_computed_tokens: usize,
+    /// Prompt tokens that prefix caching spared at the first admission; `None` before it.
+    pub(crate) num_cached_tokens: Option<usize>,
+    /// The blocks that hold its keys and values, in order.
+    pub(crate) block_table: Vec<BlockId>,
+    /// Chained hashes of its full blocks; grows with the tokens.
+    block_hashes: Vec<BlockHash>,
+}
+
+impl Sequence {
+    /// A sequence that has nothing but its prompt.
+    pub fn new(id: u64, prompt: Vec<TokenId>) -> Self {
+        let mut sequence = Self {
+            id,
+            num_prompt_tokens: prompt.len(),
+            token_ids: prompt,
+            num_computed_tokens: 0,
+            num_cached_tokens: None,
+            block_table: Vec::new(),
+            block_hashes: Vec::new(),
+        };
+        sequence.extend_hashes();
+        sequence
+    }
+
+    /// The caller's name for it.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// Prompt and generated tokens.
+    pub fn token_ids(&self) -> &[TokenId] {
+        &self.token_ids
+    }
+
+    /// Generated tokens.
+    pub fn generated(&self) -> &[TokenId] {
+        &self.token_ids[self.num_prompt_tokens..]
+    }
+
+    /// Number of tokens of the prompt.
+    pub fn num_prompt_tokens(&self) -> usize {
+        self.num_prompt_tokens
+    }
+
+    /// Number of tokens, generated ones included.
+    pub fn num_tokens(&self) -> usize {
+        self.token_ids.len()
+    }
+
+    /// Tokens that are still to be computed; 1 while it decodes.
+    pub fn num_remaining_tokens(&self) -> usize {
+        self.token_ids.len() - self.num_computed_tokens
+    }
+
+    /// Prompt tokens that prefix caching spared.
+    pub fn num_cached_tokens(&self) -> usize {
+        self.num_cached_tokens.unwrap_or(0)
+    }
+
+    /// Appends a generated token.
+    pub fn push(&mut self, token: TokenId) {
+        self.token_ids.push(token);
+        self.extend_hashes();
+    }
+
+    /// Hashes of its full blocks.
+    pub(crate) fn block_hashes(&self) -> &[BlockHash] {
+        &self.block_hashes
+    }
+
+    /// Hashes of the blocks that another sequence's may stand in for: full, and not holding its last token,
+    /// which must be computed for its logits.
+    pub(crate) fn shareable_hashes(&self) -> &[BlockHash] {
+        let num_blocks = self.token_ids.len().saturating_sub(1) / BLOCK_SIZE;
+        &self.block_hashes[..num_blocks]
+    }
+
+    fn extend_hashes(&mut self) {
+        let num_full = self.token_ids.len() / BLOCK_SIZE;
+        for index in self.block_hashes.len()..num_full {
+            let tokens = &self.token_ids[index * BLOCK_SIZE..(index + 1) * BLOCK_SIZE];
+            let hash = BlockHash::new(self.block_hashes.last(), tokens);
+            self.block_hashes.push(hash);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_token_is_never_shareable() {
+        let sequence = Sequence::new(1, (0..32).collect());
+        assert_eq!(sequence.block_hashes().len(), 2);
+        assert_eq!(sequence.shareable_hashes().len(), 1);
+        let sequence = Sequence::new(1, (0..33).collect());
+        assert_eq!(sequence.shareable_hashes().len(), 2);
+    }
+
+    #[test]
+    fn hashes_grow_with_the_tokens_as_if_computed_at_once() {
+        let mut grown = Sequence::new(1, (0..5).collect());
+        for token in 5..40 {
+            grown.push(token);
+        }
+        let whole = Sequence::new(2, (0..40).collect());
+        assert_eq!(grown.block_hashes(), whole.block_hashes());
+        assert_eq!(grown.generated().len(), 35);
+    }
+}
