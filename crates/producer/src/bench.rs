@@ -7,6 +7,7 @@
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde::Serialize;
@@ -80,7 +81,7 @@ pub fn retrieval(num_documents: usize, num_queries: usize, dir: &Path) -> Result
 
     let start = Instant::now();
     let (mut num_exact, mut num_bm25) = (0, 0);
-    for context in contexts(&source, Some(&retriever), |_| false)?.flatten() {
+    for context in contexts(&source, Some(Arc::new(retriever)), |_| false)?.flatten() {
         match context.retrieval_method {
             RetrievalMethod::ExactApiMatch => num_exact += 1,
             RetrievalMethod::RagFallback => num_bm25 += 1,

@@ -11,12 +11,14 @@ pub mod corpus;
 mod error;
 mod index;
 mod lines;
+mod publish;
 pub mod retrieve;
 pub mod source;
 mod tokens;
 
 pub use config::{CorpusType, EmbeddingSource, RetrievalConfig, SourceConfig};
 pub use error::Error;
+pub use publish::{JobTemplate, Published, publish};
 pub use retrieve::Retriever;
-pub use source::{BadInput, Contexts, contexts};
+pub use source::{BadInput, Contexts, contexts, count};
 pub use tokens::TokenCounter;

@@ -3,14 +3,16 @@
 //! The file is a JSON array or has a record on each line. Queries are looked up a chunk at a
 //! time, on all cores. A bad record is an item of its own and ends nothing.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::fs::File;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::BufReader;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use rayon::prelude::*;
-use shared::{Context, JobId, Query};
+use shared::{Context, IdDigest, JobId, Query};
 
 use crate::config::SourceConfig;
 use crate::error::Error;
@@ -44,6 +46,21 @@ pub struct BadInput {
     pub reason: String,
 }
 
+impl BadInput {
+    /// What stands for it in the output: a context that failed, if it has an id.
+    pub fn into_context(self) -> Result<Context, Self> {
+        match self {
+            Self {
+                id: Some(id),
+                query,
+                reason,
+                ..
+            } => Ok(Context::failed(id, query.unwrap_or_default(), reason)),
+            nameless => Err(nameless),
+        }
+    }
+}
+
 impl fmt::Display for BadInput {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}:{}: {}", self.file.display(), self.line, self.reason)
@@ -71,15 +88,58 @@ impl Rejected {
 ///
 /// Without a retriever, the contexts of queries are empty; a contexts file needs none. `skip` is
 /// asked once for each id, in the order of the file and before anything is looked up: what it
-/// says yes to costs nothing and doesn't appear, be it a query or a bad record.
-pub fn contexts<'r, S>(
+/// says yes to costs nothing and doesn't appear, be it a query or a bad record. Nor does an exact
+/// repeat of an earlier query; another query with an id that came before is bad input.
+pub fn contexts<S>(
     source: &SourceConfig,
-    retriever: Option<&'r Retriever>,
+    retriever: Option<Arc<Retriever>>,
     skip: S,
-) -> Result<Contexts<'r, S>, Error>
+) -> Result<Contexts<S>, Error>
 where
     S: FnMut(&JobId) -> bool,
 {
+    let (file, finished, records) = open(source)?;
+    Ok(Contexts {
+        file,
+        records: Some(records),
+        finished,
+        num_to_pass: source.start_index,
+        num_to_take: source.max_samples.unwrap_or(u64::MAX),
+        max_chunk: retriever
+            .as_ref()
+            .map_or(MAX_CHUNK, |retriever| chunk_size(retriever.max_tokens())),
+        retriever,
+        skip,
+        seen: Seen::default(),
+        pending: VecDeque::new(),
+        ready: VecDeque::new(),
+    })
+}
+
+/// Queries in the file: what `contexts` gives, repeats and what is skipped included.
+pub fn count(source: &SourceConfig) -> Result<u64, Error> {
+    let (_, finished, mut records) = open(source)?;
+    let (mut num_to_pass, mut num_to_take) =
+        (source.start_index, source.max_samples.unwrap_or(u64::MAX));
+    let mut num_queries = 0;
+    // An error ends the reading there too.
+    while let Ok(Some(record)) = records.next() {
+        if num_to_pass > 0 {
+            num_to_pass -= 1;
+        } else if num_to_take > 0 {
+            num_to_take -= 1;
+            num_queries += read_record(record.content, finished).len() as u64;
+        } else {
+            break;
+        }
+    }
+    Ok(num_queries)
+}
+
+type FileRecords = Records<BufReader<File>>;
+
+/// The file, whether it holds finished contexts, and its records.
+fn open(source: &SourceConfig) -> Result<(PathBuf, bool, FileRecords), Error> {
     let (file, finished) = match (&source.queries_file, &source.contexts_file) {
         (Some(file), None) => (file.clone(), false),
         (None, Some(file)) => (file.clone(), true),
@@ -99,18 +159,7 @@ where
         Records::open(BufReader::with_capacity(1 << 16, opened))
     });
     let records = opened.map_err(Error::read(&file))?;
-    Ok(Contexts {
-        file,
-        records: Some(records),
-        finished,
-        num_to_pass: source.start_index,
-        num_to_take: source.max_samples.unwrap_or(u64::MAX),
-        max_chunk: retriever.map_or(MAX_CHUNK, |retriever| chunk_size(retriever.max_tokens())),
-        retriever,
-        skip,
-        pending: VecDeque::new(),
-        ready: VecDeque::new(),
-    })
+    Ok((file, finished, records))
 }
 
 /// Fewer contexts at once where each may be long: at most some 64 MB of them.
@@ -119,7 +168,7 @@ fn chunk_size(max_tokens: usize) -> usize {
 }
 
 /// Iterator of [`contexts`].
-pub struct Contexts<'r, S> {
+pub struct Contexts<S> {
     file: PathBuf,
     /// `None` once the end is reached.
     records: Option<Records<BufReader<File>>>,
@@ -128,8 +177,9 @@ pub struct Contexts<'r, S> {
     num_to_pass: u64,
     num_to_take: u64,
     max_chunk: usize,
-    retriever: Option<&'r Retriever>,
+    retriever: Option<Arc<Retriever>>,
     skip: S,
+    seen: Seen,
     pending: VecDeque<Pending>,
     ready: VecDeque<Result<Context, BadInput>>,
 }
@@ -140,7 +190,7 @@ enum Pending {
     Done(Result<Context, BadInput>),
 }
 
-impl<S: FnMut(&JobId) -> bool> Iterator for Contexts<'_, S> {
+impl<S: FnMut(&JobId) -> bool> Iterator for Contexts<S> {
     type Item = Result<Context, BadInput>;
 
     fn next(&mut self) -> Option<Self::Item> {
@@ -148,13 +198,13 @@ impl<S: FnMut(&JobId) -> bool> Iterator for Contexts<'_, S> {
             self.read_ahead();
             let num = self.pending.len().min(self.max_chunk);
             let chunk = self.pending.drain(..num).collect();
-            self.ready.extend(look_up(chunk, self.retriever));
+            self.ready.extend(look_up(chunk, self.retriever.as_deref()));
         }
         self.ready.pop_front()
     }
 }
 
-impl<S: FnMut(&JobId) -> bool> Contexts<'_, S> {
+impl<S: FnMut(&JobId) -> bool> Contexts<S> {
     /// Reads records until there is a chunk to look up, or no more to read.
     fn read_ahead(&mut self) {
         let mut num_bytes = 0;
@@ -191,8 +241,14 @@ impl<S: FnMut(&JobId) -> bool> Contexts<'_, S> {
             self.num_to_take -= 1;
             for result in results {
                 let pending = located(&self.file, line, result);
-                if !pending.id().is_some_and(&mut self.skip) {
-                    self.pending.push_back(pending);
+                match self.seen.note(&pending) {
+                    Novelty::New if pending.id().is_some_and(&mut self.skip) => {}
+                    Novelty::New => self.pending.push_back(pending),
+                    Novelty::Repeat => {}
+                    Novelty::Conflict(reason) => {
+                        let rejected = Err(Rejected::nameless(reason));
+                        self.pending.push_back(located(&self.file, line, rejected));
+                    }
                 }
             }
         }
@@ -213,11 +269,61 @@ fn read_record(content: Result<&[u8], String>, finished: bool) -> Vec<Result<Pen
 }
 
 impl Pending {
+    /// Hash of what was asked, to tell a repeat from a conflict.
+    fn body(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        match self {
+            Self::Query(query) => {
+                (&query.query, &query.target_api, &query.dependencies).hash(&mut hasher);
+            }
+            Self::Done(Ok(context)) => (&context.query, &context.context).hash(&mut hasher),
+            Self::Done(Err(bad)) => (&bad.query, &bad.reason).hash(&mut hasher),
+        }
+        hasher.finish()
+    }
+
     fn id(&self) -> Option<&JobId> {
         match self {
             Self::Query(query) => Some(&query.id),
             Self::Done(Ok(context)) => Some(&context.id),
             Self::Done(Err(bad)) => bad.id.as_ref(),
+        }
+    }
+}
+
+/// The ids that came so far, each with a hash of what came with it: 24 bytes an id.
+#[derive(Default)]
+struct Seen {
+    bodies: HashMap<IdDigest, u64>,
+    warned: bool,
+}
+
+/// Whether a record is the first of its id.
+enum Novelty {
+    New,
+    Repeat,
+    Conflict(String),
+}
+
+impl Seen {
+    fn note(&mut self, pending: &Pending) -> Novelty {
+        let Some(id) = pending.id() else {
+            return Novelty::New;
+        };
+        match self.bodies.insert(id.digest(), pending.body()) {
+            None => Novelty::New,
+            Some(earlier) if earlier == pending.body() => {
+                if !self.warned {
+                    tracing::warn!(job_id = %id, "a query comes twice; repeats are left out");
+                    self.warned = true;
+                }
+                Novelty::Repeat
+            }
+            Some(earlier) => {
+                self.bodies.insert(id.digest(), earlier);
+                let reason = format!("id '{id}' already belongs to another query above");
+                Novelty::Conflict(reason)
+            }
         }
     }
 }

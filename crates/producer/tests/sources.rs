@@ -1,5 +1,7 @@
 //! Files of queries and contexts: every shape, every way to be bad.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;

@@ -24,7 +24,7 @@ const TOKENIZER: &str = "code";
 /// Memory of the writer before it starts a new segment.
 const WRITER_BYTES: usize = 64 << 20;
 /// How much more a match in a path or an alias counts than one in the text.
-const NAME_BOOST: f32 = 3.0;
+const NAME_BOOST: f32 = 2.0;
 /// Terms that are looked at in one question, and how many of them, the rarest, are searched.
 const MAX_TERMS_READ: usize = 1024;
 const MAX_TERMS: usize = 32;
