@@ -6,11 +6,22 @@ mod error;
 pub use error::Error;
 
 pub mod block_manager;
-pub mod sampler;
+mod chat_template;
+mod detokenizer;
+mod engine;
+mod prompt;
+mod sampler;
 pub mod scheduler;
 pub mod sequence;
+mod tokenizer;
 
-pub use sampler::SamplingParams;
+pub use chat_template::{ChatTemplate, Message, UserFields, UserTemplate};
+pub use detokenizer::Detokenizer;
+pub use engine::{Engine, EngineConfig, FinishReason, Finished, Request, Stats, StepOutput};
+pub use prompt::{Prompt, PromptFormat};
+pub use sampler::{SampleError, SamplingParams, sample};
+pub use step::TokenId;
+pub use tokenizer::Tokenizer;
 
 mod attention;
 mod config;

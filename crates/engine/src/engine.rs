@@ -1,0 +1,491 @@
+//! The engine: schedule, run, sample, finish.
+//!
+//! It owns the model, the KV cache and every sequence, and is driven from one thread: [`Engine::add`] takes a
+//! request, each [`Engine::step`] computes a step and gives back what ended with it. What one request asks or
+//! what becomes of it never changes the answer to another.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::Error;
+use crate::block_manager::BlockManager;
+use crate::detokenizer::Detokenizer;
+use crate::prompt::PromptFormat;
+use crate::runner::{Runner, RunnerOptions};
+use crate::sampler::{SampleError, SamplingParams, sample};
+use crate::scheduler::{Limits, Plan, Scheduler};
+use crate::sequence::Sequence;
+use crate::step::{BLOCK_SIZE, TokenId};
+use crate::tokenizer::Tokenizer;
+
+/// Most memory that the KV cache takes unless told otherwise.
+const DEFAULT_KV_CACHE_BYTES: u64 = 1 << 30;
+
+/// Settings of an engine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// The model's folder.
+    pub model_path: PathBuf,
+    /// Most sequences that run at a time.
+    pub max_num_seqs: usize,
+    /// Most tokens that are computed in a step.
+    pub max_num_batched_tokens: usize,
+    /// Longest sequence, prompt and answer; the model's window if not given.
+    pub max_model_len: Option<usize>,
+    /// Memory of the KV cache; derived from the free memory if not given.
+    pub kv_cache_memory_bytes: Option<u64>,
+    /// Threads that compute.
+    pub threads: usize,
+    /// Whether prompts that begin alike share what has been computed for them.
+    pub enable_prefix_caching: bool,
+}
+
+impl Default for EngineConfig {
+    fn default() -> Self {
+        Self {
+            model_path: PathBuf::new(),
+            max_num_seqs: 32,
+            max_num_batched_tokens: 512,
+            max_model_len: None,
+            kv_cache_memory_bytes: None,
+            threads: std::thread::available_parallelism().map_or(1, usize::from),
+            enable_prefix_caching: true,
+        }
+    }
+}
+
+impl EngineConfig {
+    /// Checks the settings; the error names everything that is wrong with them.
+    pub fn validate(&self) -> Result<(), Error> {
+        let counts = [
+            ("max_num_seqs", Some(self.max_num_seqs)),
+            ("max_num_batched_tokens", Some(self.max_num_batched_tokens)),
+            ("threads", Some(self.threads)),
+        ];
+        let mut problems: Vec<String> = counts
+            .into_iter()
+            .filter(|(_, value)| *value == Some(0))
+            .map(|(name, _)| format!("{name} must be at least 1, got 0"))
+            .collect();
+        if let Some(length) = self.max_model_len.filter(|length| *length < 2) {
+            problems.push(format!("max_model_len must be at least 2, got {length}"));
+        }
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Input(problems.join("; ")))
+        }
+    }
+}
+
+/// A prompt to be answered.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Request {
+    /// The caller's name for it, unique among those that are unfinished.
+    pub id: u64,
+    /// The prompt's tokens.
+    pub prompt: Vec<TokenId>,
+    /// How its answer is chosen.
+    pub sampling: SamplingParams,
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FinishReason {
+    /// The model ended it, or a stop string did.
+    Stop,
+    /// It reached `max_new_tokens` or the end of the window.
+    Length,
+}
+
+/// A finished answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finished {
+    /// The request.
+    pub id: u64,
+    /// The answer, without special tokens and up to the stop string.
+    pub text: String,
+    /// All generated tokens, an end-of-sequence token and those of a stop string included.
+    pub token_ids: Vec<TokenId>,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated.
+    pub completion_tokens: usize,
+    /// Tokens of the prompt that prefix caching spared.
+    pub cached_tokens: usize,
+}
+
+/// What became of a request in a step.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum StepOutput {
+    /// It has its answer.
+    Finished(Finished),
+    /// It can have none; the other requests are not affected.
+    Failed {
+        /// The request.
+        id: u64,
+        /// Why.
+        reason: String,
+    },
+}
+
+/// Numbers of an engine. The first five only grow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Steps computed.
+    pub steps: u64,
+    /// Tokens of prompts whose answers have begun.
+    pub prompt_tokens: u64,
+    /// Those that prefix caching spared.
+    pub cached_prompt_tokens: u64,
+    /// Tokens generated.
+    pub generation_tokens: u64,
+    /// Times that a sequence lost its blocks to an older one.
+    pub num_preemptions: u64,
+    /// Sequences that run.
+    pub num_running: usize,
+    /// Sequences that wait.
+    pub num_waiting: usize,
+    /// KV blocks that sequences own.
+    pub kv_blocks_used: usize,
+    /// KV blocks.
+    pub kv_blocks_total: usize,
+}
+
+/// What the engine knows of a request beside its sequence.
+#[derive(Debug)]
+struct Answer {
+    sampling: SamplingParams,
+    detokenizer: Detokenizer,
+}
+
+/// A model that answers.
+#[derive(Debug)]
+pub struct Engine {
+    runner: Runner,
+    scheduler: Scheduler,
+    answers: HashMap<u64, Answer>,
+    tokenizer: Arc<Tokenizer>,
+    prompt_format: Arc<PromptFormat>,
+    model_name: String,
+    max_model_len: usize,
+    max_num_seqs: usize,
+    stats: Stats,
+    /// The request whose logits a test spoils.
+    #[cfg(test)]
+    poisoned: Option<u64>,
+}
+
+impl Engine {
+    /// Loads a model and makes its KV cache.
+    pub fn load(config: &EngineConfig) -> Result<Self, Error> {
+        config.validate()?;
+        let tokenizer = Arc::new(Tokenizer::load(&config.model_path)?);
+        let prompt_format = PromptFormat::load(&config.model_path, Arc::clone(&tokenizer))?;
+        let options = RunnerOptions {
+            threads: config.threads,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+        };
+        let mut runner = Runner::load(&config.model_path, &options)?;
+        let window = runner.config().max_position_embeddings;
+        let wanted = config.max_model_len.unwrap_or(window).min(window);
+        let num_blocks = allocate_kv_cache(&mut runner, config, wanted)?;
+        let max_model_len = wanted.min(num_blocks * BLOCK_SIZE);
+        if max_model_len < wanted {
+            tracing::warn!(
+                wanted,
+                max_model_len,
+                "the KV cache is smaller than the model's window"
+            );
+        }
+        let model_name = model_name(&config.model_path);
+        tracing::info!(
+            model = model_name,
+            max_model_len,
+            kv_blocks = num_blocks,
+            "engine ready"
+        );
+        let limits = Limits {
+            max_num_seqs: config.max_num_seqs,
+            max_num_batched_tokens: config.max_num_batched_tokens,
+        };
+        let blocks = BlockManager::new(num_blocks, config.enable_prefix_caching);
+        Ok(Self {
+            runner,
+            scheduler: Scheduler::new(limits, blocks),
+            answers: HashMap::new(),
+            tokenizer,
+            prompt_format: Arc::new(prompt_format),
+            model_name,
+            max_model_len,
+            max_num_seqs: config.max_num_seqs,
+            stats: Stats::default(),
+            #[cfg(test)]
+            poisoned: None,
+        })
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> Arc<Tokenizer> {
+        Arc::clone(&self.tokenizer)
+    }
+
+    /// How the model wants its prompts.
+    pub fn prompt_format(&self) -> Arc<PromptFormat> {
+        Arc::clone(&self.prompt_format)
+    }
+
+    /// Name of the model: that of its folder.
+    pub fn model_name(&self) -> &str {
+        &self.model_name
+    }
+
+    /// Longest sequence, prompt and answer: the model's window, or less where the KV cache is smaller.
+    pub fn max_model_len(&self) -> usize {
+        self.max_model_len
+    }
+
+    /// Most sequences that run at a time.
+    pub fn max_num_seqs(&self) -> usize {
+        self.max_num_seqs
+    }
+
+    /// Takes a request. One that can never be served is refused ([`Error::Reject`]).
+    pub fn add(&mut self, request: Request) -> Result<(), Error> {
+        let Request {
+            id,
+            prompt,
+            sampling,
+        } = request;
+        sampling.validate()?;
+        let reject = |reason: String| Err(Error::Reject(reason));
+        if self.scheduler.contains(id) {
+            return reject(format!("there is an unfinished request {id} already"));
+        }
+        if prompt.is_empty() {
+            return reject("the prompt is empty".into());
+        }
+        if prompt.len() >= self.max_model_len {
+            let (length, window) = (prompt.len(), self.max_model_len);
+            return reject(format!(
+                "the prompt has {length} tokens, the window only {window}"
+            ));
+        }
+        let vocab_size = self.runner.config().vocab_size;
+        if let Some(token) = prompt.iter().find(|token| **token as usize >= vocab_size) {
+            return reject(format!(
+                "the token {token} is outside of the vocabulary of {vocab_size}"
+            ));
+        }
+        let detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer), sampling.stop.clone());
+        self.answers.insert(
+            id,
+            Answer {
+                sampling,
+                detokenizer,
+            },
+        );
+        self.scheduler.add(Sequence::new(id, prompt));
+        Ok(())
+    }
+
+    /// Forgets a request; without effect if it has ended.
+    pub fn abort(&mut self, id: u64) {
+        self.scheduler.remove(id);
+        self.answers.remove(&id);
+    }
+
+    /// Whether a step has something to do.
+    pub fn has_unfinished(&self) -> bool {
+        !self.answers.is_empty()
+    }
+
+    /// Computes one step; gives back the requests that ended with it.
+    pub fn step(&mut self) -> Result<Vec<StepOutput>, Error> {
+        let plan = self.scheduler.plan();
+        let mut outputs = Vec::new();
+        for (id, reason) in &plan.failed {
+            self.answers.remove(id);
+            outputs.push(StepOutput::Failed {
+                id: *id,
+                reason: reason.clone(),
+            });
+        }
+        if plan.scheduled.is_empty() {
+            return Ok(outputs);
+        }
+        let Some(sampled) = self.run(&plan)? else {
+            return Ok(outputs);
+        };
+        self.scheduler.commit(&plan);
+        self.stats.steps += 1;
+        for (id, token) in sampled {
+            outputs.extend(self.advance(id, token)?);
+        }
+        Ok(outputs)
+    }
+
+    /// Numbers up to now.
+    pub fn stats(&self) -> Stats {
+        let blocks = self.scheduler.blocks();
+        Stats {
+            num_preemptions: self.scheduler.num_preemptions(),
+            num_running: self.scheduler.running().len(),
+            num_waiting: self.scheduler.num_waiting(),
+            kv_blocks_used: blocks.num_used_blocks(),
+            kv_blocks_total: blocks.num_blocks(),
+            ..self.stats
+        }
+    }
+
+    /// Computes a plan and samples where it reaches a sequence's end. `None` if memory ran out, for which the
+    /// next plan is smaller.
+    fn run(&mut self, plan: &Plan) -> Result<Option<Vec<(u64, Sampled)>>, Error> {
+        let input = self.scheduler.step_input(plan);
+        let logits = match self.runner.forward(&input) {
+            Ok(logits) => logits,
+            Err(Error::OutOfMemory(reason)) if self.scheduler.shrink() => {
+                tracing::warn!(reason, "out of memory; going on with half the sequences");
+                return Ok(None);
+            }
+            Err(error) => return Err(error),
+        };
+        let ends = plan.scheduled.iter().filter(|scheduled| scheduled.samples);
+        let mut sampled = Vec::with_capacity(logits.num_rows());
+        for (scheduled, row) in ends.zip(logits.rows()) {
+            let running = self
+                .scheduler
+                .running()
+                .iter()
+                .find(|seq| seq.id() == scheduled.id);
+            let (Some(sequence), Some(answer)) = (running, self.answers.get(&scheduled.id)) else {
+                continue;
+            };
+            #[cfg(test)]
+            let row = if self.poisoned == Some(scheduled.id) {
+                &[f32::NAN][..]
+            } else {
+                row
+            };
+            let token = sample(row, &answer.sampling, sequence.generated().len());
+            sampled.push((scheduled.id, token));
+        }
+        Ok(Some(sampled))
+    }
+
+    /// Appends a sampled token; the request's end, if this is it.
+    fn advance(&mut self, id: u64, token: Sampled) -> Result<Option<StepOutput>, Error> {
+        let token = match token {
+            Ok(token) => token,
+            Err(error) => {
+                self.abort(id);
+                return Ok(Some(StepOutput::Failed {
+                    id,
+                    reason: error.to_string(),
+                }));
+            }
+        };
+        let (Some(answer), Some(sequence)) = (
+            self.answers.get_mut(&id),
+            self.scheduler.push_token(id, token),
+        ) else {
+            return Ok(None);
+        };
+        self.stats.generation_tokens += 1;
+        let num_generated = sequence.generated().len();
+        if num_generated == 1 {
+            self.stats.prompt_tokens += sequence.num_prompt_tokens() as u64;
+            self.stats.cached_prompt_tokens += sequence.num_cached_tokens() as u64;
+        }
+        let is_eos = !answer.sampling.ignore_eos
+            && (self.tokenizer.is_eos(token)
+                || self.runner.config().eos_token_ids.contains(&token));
+        // An end-of-sequence token is no text, be it a special token or not.
+        let stopped = is_eos || answer.detokenizer.push(token)?;
+        let is_full = num_generated >= answer.sampling.max_new_tokens
+            || sequence.num_tokens() >= self.max_model_len;
+        if stopped || is_full {
+            self.finish(id, stopped)
+        } else {
+            Ok(None)
+        }
+    }
+
+    fn finish(&mut self, id: u64, stopped: bool) -> Result<Option<StepOutput>, Error> {
+        let (Some(mut answer), Some(sequence)) =
+            (self.answers.remove(&id), self.scheduler.remove(id))
+        else {
+            return Ok(None);
+        };
+        // The rest of the text may hold a stop string that a held back character had hidden.
+        let stopped = answer.detokenizer.finish()? || stopped;
+        Ok(Some(StepOutput::Finished(Finished {
+            id,
+            text: answer.detokenizer.into_text(),
+            token_ids: sequence.generated().to_vec(),
+            finish_reason: if stopped {
+                FinishReason::Stop
+            } else {
+                FinishReason::Length
+            },
+            prompt_tokens: sequence.num_prompt_tokens(),
+            completion_tokens: sequence.generated().len(),
+            cached_tokens: sequence.num_cached_tokens(),
+        })))
+    }
+}
+
+/// What became of a row of logits.
+type Sampled = Result<TokenId, SampleError>;
+
+/// Makes the KV cache as large as told, or as the sequences can use and the free memory allows.
+fn allocate_kv_cache(
+    runner: &mut Runner,
+    config: &EngineConfig,
+    max_model_len: usize,
+) -> Result<usize, Error> {
+    let block_bytes = runner.kv_bytes_per_block() as u64;
+    let useful = (config.max_num_seqs * BlockManager::blocks_for(max_model_len)) as u64;
+    let num_blocks = match config.kv_cache_memory_bytes {
+        Some(bytes) => bytes / block_bytes,
+        None => {
+            let half = available_memory().map_or(u64::MAX, |bytes| bytes / 2);
+            useful.min(half.min(DEFAULT_KV_CACHE_BYTES) / block_bytes)
+        }
+    };
+    let mut num_blocks = usize::try_from(num_blocks.min(u64::from(u32::MAX))).unwrap_or(usize::MAX);
+    if num_blocks == 0 {
+        return Err(Error::OutOfMemory(format!(
+            "a KV cache needs {block_bytes} bytes at least: give it more memory"
+        )));
+    }
+    loop {
+        match runner.allocate_kv_cache(num_blocks) {
+            Err(Error::OutOfMemory(_)) if num_blocks > 1 => num_blocks /= 2,
+            result => return result.map(|()| num_blocks),
+        }
+    }
+}
+
+/// Memory that can be had without swapping, where the system tells.
+fn available_memory() -> Option<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kibibytes * 1024)
+}
+
+fn model_name(model_path: &std::path::Path) -> String {
+    let path = model_path
+        .canonicalize()
+        .unwrap_or_else(|_| model_path.to_owned());
+    path.file_name().map_or_else(
+        || "model".to_owned(),
+        |name| name.to_string_lossy().into_owned(),
+    )
+}

@@ -1,0 +1,302 @@
+//! The model's tokenizer: text to tokens and back.
+//!
+//! A wrapper of `tokenizers` that knows which tokens end an answer, and that can keep text of a user from
+//! becoming a control token (see [`Tokenizer::neutralise`]). Whole prompts are made in `prompt`, answers are
+//! decoded token by token in `detokenizer`.
+
+use std::collections::{BTreeSet, HashSet};
+use std::path::Path;
+
+use serde_json::Value;
+use tokenizers::normalizers::NormalizerWrapper;
+use tokenizers::{
+    Model, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, TokenizerImpl,
+};
+
+use crate::Error;
+use crate::step::TokenId;
+
+/// How often a text is searched again for control tokens that appear once others are broken up.
+const MAX_NEUTRALISE_PASSES: usize = 16;
+
+/// A model's tokenizer.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    eos: BTreeSet<TokenId>,
+    /// Left out when decoding.
+    special: HashSet<TokenId>,
+    /// Added tokens that text of a user must not become.
+    control: HashSet<TokenId>,
+    /// Tokens of a single byte, `<0x00>` to `<0xFF>`.
+    byte_fallback: HashSet<TokenId>,
+    /// Whether control tokens are looked for in normalised text.
+    normalizes_control: bool,
+    /// See [`Tokenizer::anchor`].
+    anchor: Vec<TokenId>,
+}
+
+impl Tokenizer {
+    /// Loads the tokenizer of the model in a folder.
+    pub fn load(model_path: &Path) -> Result<Self, Error> {
+        let path = model_path.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(|source| Error::Io {
+            path: path.clone(),
+            source,
+        })?;
+        let wrong = |error| Error::Model(format!("{} is not a tokenizer: {error}", path.display()));
+        let mut tokenizer = Self::new(tokenizers::Tokenizer::from_bytes(bytes).map_err(wrong)?)?;
+        for name in [
+            "config.json",
+            "generation_config.json",
+            "tokenizer_config.json",
+        ] {
+            if let Some(config) = read_json(&model_path.join(name))? {
+                tokenizer.add_eos(&config);
+            }
+        }
+        Ok(tokenizer)
+    }
+
+    /// Wraps a tokenizer; no token ends an answer yet.
+    pub fn new(mut inner: tokenizers::Tokenizer) -> Result<Self, Error> {
+        inner
+            .with_truncation(None)
+            .map_err(|error| Error::Model(error.to_string()))?;
+        inner.with_padding(None);
+        inner.set_encode_special_tokens(false);
+        let added = inner.get_added_tokens_decoder();
+        let control: HashSet<TokenId> = added
+            .iter()
+            .filter(|(_, token)| is_control(&token.content))
+            .map(|(id, _)| *id)
+            .collect();
+        let mut tokenizer = Self {
+            eos: BTreeSet::new(),
+            special: added
+                .iter()
+                .filter(|(_, token)| token.special)
+                .map(|(id, _)| *id)
+                .collect(),
+            normalizes_control: control.iter().any(|id| added[id].normalized),
+            control,
+            byte_fallback: (0..=u8::MAX)
+                .filter_map(|byte| inner.token_to_id(&format!("<0x{byte:02X}>")))
+                .collect(),
+            anchor: Vec::new(),
+            inner,
+        };
+        tokenizer.anchor = tokenizer.find_anchor();
+        Ok(tokenizer)
+    }
+
+    /// Tokens of a text in which control tokens are recognised.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, Error> {
+        let encoding = self
+            .inner
+            .encode_fast(text, add_special_tokens)
+            .map_err(cannot_encode)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Number of tokens of a text.
+    pub fn count(&self, text: &str) -> Result<usize, Error> {
+        Ok(self.encode(text, false)?.len())
+    }
+
+    /// Text of tokens, without special ones.
+    pub fn decode(&self, token_ids: &[TokenId]) -> Result<String, Error> {
+        self.inner
+            .decode(token_ids, true)
+            .map_err(|error| Error::Input(format!("the tokens cannot be decoded: {error}")))
+    }
+
+    /// Whether the token ends an answer.
+    pub fn is_eos(&self, token: TokenId) -> bool {
+        self.eos.contains(&token)
+    }
+
+    /// The tokens that end an answer.
+    pub fn eos_token_ids(&self) -> impl Iterator<Item = TokenId> + '_ {
+        self.eos.iter().copied()
+    }
+
+    /// Whether decoding leaves the token out.
+    pub fn is_special(&self, token: TokenId) -> bool {
+        self.special.contains(&token)
+    }
+
+    /// Whether the token stands for a single byte of a character.
+    pub(crate) fn is_byte_fallback(&self, token: TokenId) -> bool {
+        self.byte_fallback.contains(&token)
+    }
+
+    /// Tokens of an ordinary letter. Behind them tokens decode as they do in the middle of a text: decoders
+    /// treat the beginning of a text differently.
+    pub(crate) fn anchor(&self) -> &[TokenId] {
+        &self.anchor
+    }
+
+    /// The text with marks inside everything that would become a control token, so that it no longer does.
+    /// [`Self::encode_marked`] leaves the marks out again.
+    pub(crate) fn neutralise(&self, text: &str, mark: char) -> Result<String, Error> {
+        let mut marked = text.to_owned();
+        for _ in 0..MAX_NEUTRALISE_PASSES {
+            let found = self.find_control(&marked);
+            if found.is_empty() {
+                return Ok(marked);
+            }
+            let mut broken = String::with_capacity(marked.len() + 16);
+            let mut end = 0;
+            for (_, range) in found {
+                broken.push_str(&marked[end..range.0]);
+                for character in marked[range.0..range.1].chars() {
+                    broken.push(character);
+                    broken.push(mark);
+                }
+                end = range.1;
+            }
+            broken.push_str(&marked[end..]);
+            marked = broken;
+        }
+        Err(Error::Reject(
+            "the text contains what only a control token of the model may say".into(),
+        ))
+    }
+
+    /// The control tokens that a text becomes.
+    pub(crate) fn control_tokens(&self, text: &str) -> Vec<TokenId> {
+        self.find_control(text)
+            .into_iter()
+            .map(|(id, _)| id)
+            .collect()
+    }
+
+    /// Tokens of a text with marks: control tokens are recognised where no mark is in the way, everything
+    /// else is tokenised as if there were no marks. Without marks this is [`Self::encode`].
+    pub(crate) fn encode_marked(
+        &self,
+        text: &str,
+        mark: char,
+        add_special_tokens: bool,
+    ) -> Result<Vec<TokenId>, Error> {
+        if !text.contains(mark) {
+            return self.encode(text, add_special_tokens);
+        }
+        // The stages of `encode`, with one more: the marks go once the control tokens are found.
+        let inner: &TokenizerImpl<_, _, _, _, _> = &self.inner;
+        let mut pieces = inner
+            .get_added_vocabulary()
+            .extract_and_normalize(inner.get_normalizer(), text);
+        let unmark = |_, mut piece: tokenizers::NormalizedString| {
+            if piece.get().chars().all(|character| character == mark) {
+                return Ok(Vec::new());
+            }
+            piece.filter(|character| character != mark);
+            Ok(vec![piece])
+        };
+        pieces.split(unmark).map_err(cannot_encode)?;
+        if let Some(pre_tokenizer) = inner.get_pre_tokenizer() {
+            pre_tokenizer
+                .pre_tokenize(&mut pieces)
+                .map_err(cannot_encode)?;
+        }
+        let model = inner.get_model();
+        pieces
+            .tokenize(|piece| model.tokenize(piece.get()))
+            .map_err(cannot_encode)?;
+        let encoding = pieces
+            .into_encoding(None, 0, OffsetType::None)
+            .map_err(cannot_encode)?;
+        let encoding = inner
+            .post_process(encoding, None, add_special_tokens)
+            .map_err(cannot_encode)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// Control tokens in a text, with the bytes they come from.
+    fn find_control(&self, text: &str) -> Vec<(TokenId, (usize, usize))> {
+        let vocabulary = self.inner.get_added_vocabulary();
+        let normalizer: Option<&NormalizerWrapper> = self
+            .inner
+            .get_normalizer()
+            .filter(|_| self.normalizes_control);
+        let pieces: PreTokenizedString = vocabulary.extract_and_normalize(normalizer, text);
+        let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        let tokens = splits.into_iter().filter_map(|(_, range, tokens)| {
+            let id = tokens.as_ref()?.first()?.id;
+            self.control.contains(&id).then_some((id, range))
+        });
+        tokens.collect()
+    }
+
+    /// Adds the end-of-sequence tokens that a configuration file names, by id or by text.
+    fn add_eos(&mut self, config: &Value) {
+        let ids = &config["eos_token_id"];
+        let one = std::slice::from_ref(ids);
+        let ids = ids.as_array().map_or(one, Vec::as_slice);
+        self.eos.extend(
+            ids.iter()
+                .filter_map(|id| TokenId::try_from(id.as_u64()?).ok()),
+        );
+        if let Some(content) = token_content(&config["eos_token"]) {
+            self.eos.extend(self.inner.token_to_id(content));
+        }
+    }
+
+    fn find_anchor(&self) -> Vec<TokenId> {
+        let anchor = self.encode("a", false).unwrap_or_default();
+        let text = self.decode(&anchor).unwrap_or_default();
+        let twice = self
+            .decode(&[anchor.clone(), anchor.clone()].concat())
+            .unwrap_or_default();
+        if text.trim() == "a" && twice.starts_with(&text) {
+            anchor
+        } else {
+            Vec::new()
+        }
+    }
+}
+
+/// Whether text of a user must not become this added token. Runs of white space and single characters are
+/// text like any other; models are trained with them inside of text.
+fn is_control(content: &str) -> bool {
+    let is_blank = |character: char| character.is_whitespace() || character == '\u{2581}';
+    content.chars().count() > 1 && !content.chars().all(is_blank)
+}
+
+/// The text of a token in a configuration file: a string, or an object that contains it.
+pub(crate) fn token_content(value: &Value) -> Option<&str> {
+    value.as_str().or_else(|| value["content"].as_str())
+}
+
+/// A JSON file; `None` if there is none.
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
+    let Some(text) = read_text(path)? else {
+        return Ok(None);
+    };
+    let parsed = serde_json::from_str(&text);
+    parsed
+        .map(Some)
+        .map_err(|error| Error::Model(format!("{} is not JSON: {error}", path.display())))
+}
+
+/// A text file; `None` if there is none.
+pub(crate) fn read_text(path: &Path) -> Result<Option<String>, Error> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(Error::Io {
+            path: path.to_owned(),
+            source,
+        }),
+    }
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "the shape that map_err takes"
+)]
+fn cannot_encode(error: tokenizers::Error) -> Error {
+    Error::Reject(format!("the text cannot be tokenised: {error}"))
+}
