@@ -53,9 +53,7 @@ fn every_example_finds_the_documents_it_is_about() {
             (context.id.0, first.unwrap_or_default())
         })
         .collect();
-    let found: Vec<(&str, &str)> = found
-        .iter()
-        .map(|(id, path)| (id.as_str(), path.as_str()))
-        .collect();
+    let found: Vec<(&str, &str)> =
+        found.iter().map(|(id, path)| (id.as_str(), path.as_str())).collect();
     assert_eq!(found, expected);
 }

@@ -35,10 +35,7 @@ impl Source {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("queries.jsonl");
         fs::write(&file, bytes).unwrap();
-        Self {
-            _dir: dir,
-            config: config(file),
-        }
+        Self { _dir: dir, config: config(file) }
     }
 
     fn read(&self) -> Vec<Item> {
@@ -103,10 +100,7 @@ fn nested_queries_become_one_each_with_the_number_in_the_id() {
     assert_eq!(third.id, Some(JobId("n#2".into())));
     assert!(third.reason.contains("entry 2 of `queries`"), "{third}");
     let fourth = items[3].as_ref().unwrap_err();
-    assert!(
-        fourth.reason.contains("expected an object, given a number"),
-        "{fourth}"
-    );
+    assert!(fourth.reason.contains("expected an object, given a number"), "{fourth}");
 }
 
 #[test]
@@ -120,10 +114,7 @@ fn the_legacy_shape_asks_its_description() {
 #[test]
 fn dependencies_are_read_in_every_way_to_write_them() {
     let cases = [
-        (
-            r#"{"a": "1.2", "b": null, "c": "", "d": 1.20}"#,
-            "a=1.2 b c d=1.20",
-        ),
+        (r#"{"a": "1.2", "b": null, "c": "", "d": 1.20}"#, "a=1.2 b c d=1.20"),
         (r#""a==1.2""#, "a=1.2"),
         (r#""a""#, "a"),
         (r#"["a==1.2", "b", "c[x]==3", "d>=2"]"#, "a=1.2 b c=3 d=>=2"),
@@ -151,14 +142,9 @@ fn dependencies_are_read_in_every_way_to_write_them() {
 
 #[test]
 fn bad_dependencies_name_the_field_and_keep_the_id() {
-    for dependencies in [
-        "7",
-        "true",
-        r#"{"a": [1]}"#,
-        "[1]",
-        r#"{"a": "1", "a": "2"}"#,
-        r#"["==1"]"#,
-    ] {
+    for dependencies in
+        ["7", "true", r#"{"a": [1]}"#, "[1]", r#"{"a": "1", "a": "2"}"#, r#"["==1"]"#]
+    {
         let text = format!(r#"{{"id": "x", "query": "q", "target_dependency": {dependencies}}}"#);
         let bad = Source::queries(text).only_error();
         assert_eq!(bad.id, Some(JobId("x".into())));
@@ -218,48 +204,18 @@ fn each_bad_line_is_reported_where_it_stands_and_stops_nothing() {
 fn reasons_say_what_was_expected_and_what_was_given() {
     let cases = [
         (r#"{"id": "x"}"#, "expected text in `query`, given none"),
-        (
-            r#"{"id": "x", "query": 7}"#,
-            "expected a text in `query`, given a number",
-        ),
-        (
-            r#"{"id": "x", "query": null}"#,
-            "expected text in `query`, given none",
-        ),
-        (
-            r#"{"id": "x", "query": ""}"#,
-            "expected text in `query`, given an empty one",
-        ),
-        (
-            r#"{"id": "x", "query": "q", "target_api": 3}"#,
-            "expected a text in `target_api`",
-        ),
-        (
-            r#"{"id": "x", "query": "q", "query": "q"}"#,
-            "given `query` twice",
-        ),
-        (
-            r#"{"id": "x", "queries": {}}"#,
-            "expected a list in `queries`, given an object",
-        ),
-        (
-            r#"{"id": "x", "queries": []}"#,
-            "expected queries in `queries`, given none",
-        ),
+        (r#"{"id": "x", "query": 7}"#, "expected a text in `query`, given a number"),
+        (r#"{"id": "x", "query": null}"#, "expected text in `query`, given none"),
+        (r#"{"id": "x", "query": ""}"#, "expected text in `query`, given an empty one"),
+        (r#"{"id": "x", "query": "q", "target_api": 3}"#, "expected a text in `target_api`"),
+        (r#"{"id": "x", "query": "q", "query": "q"}"#, "given `query` twice"),
+        (r#"{"id": "x", "queries": {}}"#, "expected a list in `queries`, given an object"),
+        (r#"{"id": "x", "queries": []}"#, "expected queries in `queries`, given none"),
         (r#"{"id": "x", "query": "q", "queries": []}"#, "given both"),
-        (
-            r#"{"id": true, "query": "q"}"#,
-            "expected a text or a number in `id`",
-        ),
-        (
-            r#"{"id": null, "query": "q"}"#,
-            "expected a text or a number in `id`, given null",
-        ),
+        (r#"{"id": true, "query": "q"}"#, "expected a text or a number in `id`"),
+        (r#"{"id": null, "query": "q"}"#, "expected a text or a number in `id`, given null"),
         (r#"{"query": "q"}"#, "expected an `id`, given none"),
-        (
-            r#"{"id": "x", "query": "\ud800"}"#,
-            "field `query`: malformed JSON",
-        ),
+        (r#"{"id": "x", "query": "\ud800"}"#, "field `query`: malformed JSON"),
         ("7", "expected an object, given a number"),
         (r#"{"id": "x" "query": "q"}"#, "malformed JSON at column 12"),
     ];
@@ -276,10 +232,7 @@ fn reasons_say_what_was_expected_and_what_was_given() {
 fn ids_are_any_text_and_numbers_their_own() {
     let text = "{\"id\": 17, \"query\": \"q\"}\n{\"id\": 1.50, \"query\": \"q\"}\n\
                 {\"id\": \"a.*>b c\\n\\u0000\", \"query\": \"q\\u0000\"}\n";
-    assert_eq!(
-        Source::queries(text).outline(),
-        ["17", "1.50", "a.*>b c\n\0"]
-    );
+    assert_eq!(Source::queries(text).outline(), ["17", "1.50", "a.*>b c\n\0"]);
     let longest = "i".repeat(1024);
     assert_eq!(Source::queries(good_line(&longest)).outline(), [longest]);
     let bad = Source::queries(good_line(&"i".repeat(1025))).only_error();
@@ -338,24 +291,13 @@ fn a_bad_element_of_an_array_is_reported_and_the_next_ones_come() {
         good_line("a"),
         good_line("d")
     );
-    assert_eq!(
-        Source::queries(text).outline(),
-        ["a", "3!", "4!", "d", "6!"]
-    );
+    assert_eq!(Source::queries(text).outline(), ["a", "3!", "4!", "d", "6!"]);
 }
 
 #[test]
 fn start_and_number_count_entries_of_the_file() {
     let nested = r#"{"id": "n", "queries": [{"query": "x"}, {"query": "y"}]}"#;
-    let text = [
-        "",
-        &good_line("a"),
-        "bad",
-        nested,
-        &good_line("b"),
-        &good_line("c"),
-    ]
-    .join("\n");
+    let text = ["", &good_line("a"), "bad", nested, &good_line("b"), &good_line("c")].join("\n");
     let outline = |start_index, max_samples| {
         let mut source = Source::queries(&text);
         source.config.start_index = start_index;
@@ -394,9 +336,7 @@ fn skipped_ids_are_asked_once_in_order_and_do_not_come() {
 
 #[test]
 fn reading_stays_a_chunk_ahead_of_what_is_taken() {
-    let text: String = (0..10_000)
-        .map(|k| good_line(&k.to_string()) + "\n")
-        .collect();
+    let text: String = (0..10_000).map(|k| good_line(&k.to_string()) + "\n").collect();
     let source = Source::queries(text);
     let mut num_read = 0;
     let mut items = contexts(&source.config, None, |_: &JobId| {
@@ -419,10 +359,7 @@ fn context_lines_come_back_as_they_were_written() {
     written.context = "é\n\nlong".to_owned();
     written.context_length = 7;
     written.retrieval_time = 0.25;
-    written.documents = vec![shared::DocumentRef {
-        path: "p.x".to_owned(),
-        score: 1.5,
-    }];
+    written.documents = vec![shared::DocumentRef { path: "p.x".to_owned(), score: 1.5 }];
     let failed = Context::failed(JobId("f".into()), String::new(), "no luck".into());
     let lines = [&written, &failed].map(|context| serde_json::to_string(context).unwrap());
     assert_eq!(Source::contexts(lines.join("\n")).good(), [written, failed]);
@@ -437,29 +374,20 @@ fn lines_of_the_older_scripts_are_contexts() {
         .replace('\n', " ");
     let context = &Source::contexts(line).good()[0];
     assert_eq!(context.retrieval_method, RetrievalMethod::ExactApiMatch);
-    assert_eq!(
-        context.context_length,
-        "numpy.argsort documentation...".len()
-    );
+    assert_eq!(context.context_length, "numpy.argsort documentation...".len());
     assert!(context.documents.is_empty());
 }
 
 #[test]
 fn bad_context_lines_are_reported() {
     let cases = [
-        (
-            r#"{"id": "x", "query": "q", "context": "c", "retrieval_method": "magic"}"#,
-            "`magic`",
-        ),
+        (r#"{"id": "x", "query": "q", "context": "c", "retrieval_method": "magic"}"#, "`magic`"),
         (r#"{"id": "x", "query": "q"}"#, "expected text in `context`"),
         (
             r#"{"id": "x", "query": "q", "context": "c", "success": "yes"}"#,
             "expected true or false in `success`",
         ),
-        (
-            r#"{"id": "x", "query": "q", "context": "c", "documents": [1]}"#,
-            "field `documents`",
-        ),
+        (r#"{"id": "x", "query": "q", "context": "c", "documents": [1]}"#, "field `documents`"),
         (r#"{"id": "x", "context": "c"}"#, "expected text in `query`"),
     ];
     for (text, reason) in cases {
@@ -481,4 +409,26 @@ fn exactly_one_file_is_expected() {
     assert_eq!(error(&config), "cannot read missing.jsonl");
     config.contexts_file = config.queries_file.clone();
     assert!(error(&config).contains("given both"));
+}
+
+#[test]
+fn an_id_that_comes_twice_is_left_out_if_the_query_is_the_same_and_reported_if_not() {
+    let text = format!(
+        "{}\n{}\n{{\"id\": \"a\", \"query\": \"another\"}}\n{}\n",
+        good_line("a"),
+        good_line("a"),
+        good_line("b")
+    );
+    assert_eq!(Source::queries(text).outline(), ["a", "3!", "b"]);
+}
+
+#[test]
+fn queries_are_counted_without_looking_anything_up() {
+    let nested = r#"{"id": "n", "queries": [{"query": "x"}, {"query": "y"}]}"#;
+    let text = [&good_line("a"), nested, "bad", &good_line("b")].join("\n");
+    let mut source = Source::queries(&text);
+    assert_eq!(flotilla_producer::count(&source.config).unwrap(), 5);
+    source.config.start_index = 1;
+    source.config.max_samples = Some(2);
+    assert_eq!(flotilla_producer::count(&source.config).unwrap(), 3);
 }

@@ -81,10 +81,7 @@ impl KnownFiles {
             .par_iter()
             .map(|release| self.hash(&release.file).map_err(Error::read(&release.file)))
             .collect::<Result<_, _>>()?;
-        let hashes = known
-            .iter()
-            .map(|(known, _)| known.sha256.clone())
-            .collect();
+        let hashes = known.iter().map(|(known, _)| known.sha256.clone()).collect();
         let keep = releases
             .iter()
             .zip(known)
@@ -107,11 +104,43 @@ impl KnownFiles {
             None => hash_file(file)?.1,
         };
         let youngest = stamp.modified.0.max(stamp.changed.0);
-        let now = SystemTime::now()
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let settled = u64::try_from(youngest)
             .is_ok_and(|youngest| Duration::from_secs(youngest) + MIN_AGE < now);
         Ok((Known { stamp, sha256 }, settled))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::corpus::Version;
+
+    #[test]
+    fn only_files_whose_stamp_has_changed_are_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("1.jsonl");
+        std::fs::write(&file, "text").unwrap();
+        let release =
+            Release { package: "a".into(), version: Version::new("1"), file: file.clone() };
+        let releases = [release];
+        let (hashes, keep) = KnownFiles::default().hashes(&releases).unwrap();
+        assert_eq!(hashes, [hex_sha256(b"text")]);
+        assert!(keep.0.is_empty(), "a file this young can't be trusted");
+
+        let metadata = file.metadata().unwrap();
+        let mut stamp = Stamp {
+            size: 4,
+            modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
+        };
+        let known = |stamp| {
+            let sha256 = "kept".to_owned();
+            let name = file.to_string_lossy().into_owned();
+            KnownFiles([(name, Known { stamp, sha256 })].into())
+        };
+        assert_eq!(known(stamp).hashes(&releases).unwrap().0, ["kept"]);
+        stamp.modified.1 += 1;
+        assert_eq!(known(stamp).hashes(&releases).unwrap().0, hashes);
     }
 }

@@ -117,16 +117,11 @@ impl SearchWriter {
 }
 
 fn register(index: &Index) {
-    index
-        .tokenizers()
-        .register(TOKENIZER, TextAnalyzer::from(CodeTokenizer::default()));
+    index.tokenizers().register(TOKENIZER, TextAnalyzer::from(CodeTokenizer::default()));
 }
 
 fn open_reader(index: &Index) -> Result<IndexReader, IndexError> {
-    Ok(index
-        .reader_builder()
-        .reload_policy(ReloadPolicy::Manual)
-        .try_into()?)
+    Ok(index.reader_builder().reload_policy(ReloadPolicy::Manual).try_into()?)
 }
 
 /// An index to ask.
@@ -152,11 +147,7 @@ impl SearchIndex {
             .iter()
             .map(|segment| segment.fast_fields().u64("number"))
             .collect::<Result<_, _>>()?;
-        Ok(Self {
-            searcher,
-            fields,
-            numbers,
-        })
+        Ok(Self { searcher, fields, numbers })
     }
 
     /// The best documents for a question, best first, somewhat more than `limit`.
@@ -187,25 +178,20 @@ impl SearchIndex {
         question: &str,
         scopes: &[String],
     ) -> Result<Option<Box<dyn Query>>, IndexError> {
-        let mut terms = self.known_terms(question)?;
+        let mut known = self.known_terms(question)?;
         // The rarest say most.
-        terms.sort_by_key(|(num_documents, _)| *num_documents);
-        terms.truncate(MAX_TERMS);
-        if terms.is_empty() {
+        known.sort_by_key(|known| known.num_documents);
+        known.truncate(MAX_TERMS);
+        if known.is_empty() {
             return Ok(None);
         }
-        let mut clauses: Vec<(Occur, Box<dyn Query>)> = Vec::new();
-        for (_, term) in terms {
-            for (field, boost) in [(self.fields.names, NAME_BOOST), (self.fields.text, 1.0)] {
-                let term = Term::from_field_text(field, &term);
-                let term = TermQuery::new(term, IndexRecordOption::WithFreqs);
-                clauses.push((
-                    Occur::Should,
-                    Box::new(BoostQuery::new(Box::new(term), boost)),
-                ));
-            }
-        }
-        let matching: Box<dyn Query> = Box::new(BooleanQuery::new(clauses));
+        let terms = known.into_iter().flat_map(|known| known.terms);
+        let clauses = terms.map(|term| {
+            let boost = if term.field() == self.fields.names { NAME_BOOST } else { 1.0 };
+            let term = TermQuery::new(term, IndexRecordOption::WithFreqs);
+            Box::new(BoostQuery::new(Box::new(term), boost)) as Box<dyn Query>
+        });
+        let matching: Box<dyn Query> = Box::new(BooleanQuery::union(clauses.collect()));
         if scopes.is_empty() {
             return Ok(Some(matching));
         }
@@ -215,26 +201,34 @@ impl SearchIndex {
             Box::new(ConstScoreQuery::new(Box::new(term), 0.0)) as Box<dyn Query>
         });
         let filter: Box<dyn Query> = Box::new(BooleanQuery::union(filters.collect()));
-        Ok(Some(Box::new(BooleanQuery::new(vec![
-            (Occur::Must, filter),
-            (Occur::Must, matching),
-        ]))))
+        Ok(Some(Box::new(BooleanQuery::new(vec![(Occur::Must, filter), (Occur::Must, matching)]))))
     }
 
-    /// The terms of a question that are in some document, with the number of documents.
-    fn known_terms(&self, question: &str) -> Result<Vec<(u64, String)>, IndexError> {
+    /// The words of a question that are in some document.
+    fn known_terms(&self, question: &str) -> Result<Vec<KnownWord>, IndexError> {
         let question = &question[..question.floor_char_boundary(MAX_QUERY_BYTES)];
         let mut known = Vec::new();
         for text in query_terms(question, MAX_TERMS_READ) {
-            let mut num_documents = 0;
+            let mut word = KnownWord::default();
             for field in [self.fields.names, self.fields.text] {
                 let term = Term::from_field_text(field, &text);
-                num_documents += self.searcher.doc_freq(&term)?;
+                let num_documents = self.searcher.doc_freq(&term)?;
+                if num_documents > 0 {
+                    word.num_documents += num_documents;
+                    word.terms.push(term);
+                }
             }
-            if num_documents > 0 {
-                known.push((num_documents, text));
+            if word.num_documents > 0 {
+                known.push(word);
             }
         }
         Ok(known)
     }
+}
+
+/// A word of a question, with the fields that have it.
+#[derive(Default)]
+struct KnownWord {
+    num_documents: u64,
+    terms: Vec<Term>,
 }
