@@ -67,10 +67,7 @@ pub fn retrieval(num_documents: usize, num_queries: usize, dir: &Path) -> Result
         cache_dir: Some(dir.join("cache")),
         ..RetrievalConfig::default()
     };
-    let source = SourceConfig {
-        queries_file: Some(queries_file),
-        ..SourceConfig::default()
-    };
+    let source = SourceConfig { queries_file: Some(queries_file), ..SourceConfig::default() };
     let start = Instant::now();
     drop(Retriever::open(&config, None)?);
     let index_seconds = start.elapsed().as_secs_f64();
@@ -124,10 +121,7 @@ fn write_corpus(words: &mut Words, num_documents: usize, dir: &Path) -> std::io:
 
 fn path(number: usize) -> String {
     let package = number % NUM_PACKAGES;
-    format!(
-        "package{package}.{}.api_{number}",
-        word(number / NUM_PACKAGES % 40)
-    )
+    format!("package{package}.{}.api_{number}", word(number / NUM_PACKAGES % 40))
 }
 
 fn write_queries(
@@ -173,10 +167,7 @@ impl Words {
             *sum += weight;
             Some(*sum)
         });
-        Self {
-            state: SEED,
-            cumulated: cumulated.collect(),
-        }
+        Self { state: SEED, cumulated: cumulated.collect() }
     }
 
     fn text(&mut self, num_words: usize) -> String {

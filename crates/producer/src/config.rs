@@ -46,12 +46,7 @@ pub struct RetrievalConfig {
 
     /// Directory that keeps the index of the corpus between runs; safe to delete [default:
     /// $XDG_CACHE_HOME/flotilla or ~/.cache/flotilla]
-    #[arg(
-        long,
-        alias = "cache_dir",
-        value_name = "DIR",
-        env = "FLOTILLA_CACHE_DIR"
-    )]
+    #[arg(long, alias = "cache_dir", value_name = "DIR", env = "FLOTILLA_CACHE_DIR")]
     pub cache_dir: Option<PathBuf>,
 }
 
@@ -79,11 +74,7 @@ impl RetrievalConfig {
         if self.max_tokens == 0 {
             problems.push("expected --max-tokens of at least 1, given 0");
         }
-        if problems.is_empty() {
-            Ok(())
-        } else {
-            Err(Error::Config(problems.join("; ")))
-        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::Config(problems.join("; "))) }
     }
 
     /// The directory of indexes: `cache_dir`, or the user's cache directory.
@@ -144,12 +135,7 @@ fn parse_embedding_source(text: &str) -> Result<EmbeddingSource, String> {
 #[derive(Args, Clone, Debug, Default)]
 pub struct SourceConfig {
     /// File of queries, a JSON array or one JSON object per line
-    #[arg(
-        long,
-        alias = "queries_file",
-        value_name = "FILE",
-        conflicts_with = "contexts_file"
-    )]
+    #[arg(long, alias = "queries_file", value_name = "FILE", conflicts_with = "contexts_file")]
     pub queries_file: Option<PathBuf>,
 
     /// File of finished contexts, as `flotilla contexts` writes it; nothing is retrieved

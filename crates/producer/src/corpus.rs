@@ -52,11 +52,7 @@ pub fn releases(corpus: &Path) -> Result<Vec<Release>, Error> {
                 tracing::warn!(path = %file.display(), "not named <version>.jsonl, passed over");
                 continue;
             };
-            releases.push(Release {
-                package,
-                version,
-                file,
-            });
+            releases.push(Release { package, version, file });
         }
     }
     if releases.is_empty() {
@@ -64,11 +60,7 @@ pub fn releases(corpus: &Path) -> Result<Vec<Release>, Error> {
     }
     releases.sort_by_cached_key(|release| {
         let version = std::cmp::Reverse(release.version.clone());
-        (
-            normalised_package(&release.package),
-            version,
-            release.file.clone(),
-        )
+        (normalised_package(&release.package), version, release.file.clone())
     });
     Ok(releases)
 }
@@ -77,9 +69,7 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let visible = |path: &PathBuf| name(path).is_none_or(|name| !name.starts_with('.'));
     fs::read_dir(dir)
         .and_then(|entries| {
-            entries
-                .map(|entry| entry.map(|entry| entry.path()))
-                .collect::<Result<Vec<_>, _>>()
+            entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<Vec<_>, _>>()
         })
         .map(|paths| paths.into_iter().filter(visible).collect())
         .map_err(Error::read(dir))
@@ -116,10 +106,9 @@ impl Document {
         }
         let (body, expected) = match corpus_type {
             CorpusType::Docstring => (raw.doc, "`doc`"),
-            CorpusType::Srccodes => (
-                raw.source.or(raw.code).or(raw.doc),
-                "`source`, `code` or `doc`",
-            ),
+            CorpusType::Srccodes => {
+                (raw.source.or(raw.code).or(raw.doc), "`source`, `code` or `doc`")
+            }
         };
         let Some(body) = body else {
             return Err(format!("expected text in {expected}, given none"));
@@ -138,9 +127,7 @@ impl Document {
 
     /// The text below the heading.
     pub fn body(&self) -> &str {
-        self.text
-            .split_once('\n')
-            .map_or("", |(_heading, body)| body)
+        self.text.split_once('\n').map_or("", |(_heading, body)| body)
     }
 
     /// The path, then the aliases.
@@ -249,14 +236,8 @@ mod tests {
     #[test]
     fn documents_are_rendered_as_the_model_was_trained() {
         let cases = [
-            (
-                r#"{"path": "a.b", "doc": "One.\n\nTwo.\n \n"}"#,
-                "## a.b\nOne.\n\nTwo.",
-            ),
-            (
-                r#"{"path": "a.b", "doc": "One.", "signature": "(x, y)"}"#,
-                "## a.b\na.b(x, y)\nOne.",
-            ),
+            (r#"{"path": "a.b", "doc": "One.\n\nTwo.\n \n"}"#, "## a.b\nOne.\n\nTwo."),
+            (r#"{"path": "a.b", "doc": "One.", "signature": "(x, y)"}"#, "## a.b\na.b(x, y)\nOne."),
             (
                 r#"{"path": "a.b", "doc": "One.", "signature": "b(x) -> int\n"}"#,
                 "## a.b\nb(x) -> int\nOne.",
@@ -272,10 +253,7 @@ mod tests {
     fn source_code_stands_where_the_documentation_would() {
         for field in ["source", "code", "doc"] {
             let line = format!(r#"{{"path": "a", "{field}": "def a(): pass"}}"#);
-            assert_eq!(
-                parse(&line, CorpusType::Srccodes).unwrap(),
-                "## a\ndef a(): pass"
-            );
+            assert_eq!(parse(&line, CorpusType::Srccodes).unwrap(), "## a\ndef a(): pass");
         }
     }
 
@@ -296,10 +274,7 @@ mod tests {
 
     #[test]
     fn package_names_are_compared_without_case_and_dashes() {
-        assert_eq!(
-            normalised_package("Scikit_Learn"),
-            normalised_package("scikit-learn")
-        );
+        assert_eq!(normalised_package("Scikit_Learn"), normalised_package("scikit-learn"));
     }
 
     #[test]

@@ -70,11 +70,7 @@ impl Index {
         let known = known_file.as_deref().map(KnownFiles::read);
         let (hashes, keep) = known.unwrap_or_default().hashes(&releases)?;
         let key = key(config, counter, &releases, &hashes);
-        let job = build::Build {
-            releases: &releases,
-            corpus_type: config.corpus_type,
-            counter,
-        };
+        let job = build::Build { releases: &releases, corpus_type: config.corpus_type, counter };
         let Some(cache) = cache else {
             return Self::build_unkept(&job);
         };
@@ -125,10 +121,7 @@ impl Index {
 
     fn build_kept(job: &build::Build<'_>, cache: &Path, key: &str) -> Result<Self, Error> {
         let dir = cache.join(key);
-        let failed = |source: IndexError| Error::Index {
-            dir: dir.clone(),
-            source,
-        };
+        let failed = |source: IndexError| Error::Index { dir: dir.clone(), source };
         remove_abandoned(cache);
         let building = tempfile::Builder::new()
             .prefix(BUILDING)
@@ -153,10 +146,7 @@ impl Index {
     }
 
     fn build_unkept(job: &build::Build<'_>) -> Result<Self, Error> {
-        let failed = |source: IndexError| Error::Index {
-            dir: std::env::temp_dir(),
-            source,
-        };
+        let failed = |source: IndexError| Error::Index { dir: std::env::temp_dir(), source };
         let dir = tempfile::Builder::new()
             .prefix("flotilla-index-")
             .tempdir()
@@ -254,9 +244,7 @@ fn keep_known(file: Option<&Path>, known: &KnownFiles) {
 }
 
 fn set_aside(cache: &Path, dir: &Path) -> io::Result<()> {
-    let aside = tempfile::Builder::new()
-        .prefix(BUILDING)
-        .tempdir_in(cache)?;
+    let aside = tempfile::Builder::new().prefix(BUILDING).tempdir_in(cache)?;
     // The directory goes with what was moved into it.
     fs::rename(dir, aside.path().join("damaged"))
 }

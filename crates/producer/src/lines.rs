@@ -28,12 +28,7 @@ pub(crate) struct Lines<R> {
 impl<R: BufRead> Lines<R> {
     /// Reads on from a reader, whose next line has the number `first`.
     pub(crate) fn new(reader: R, first: u64, max_bytes: usize) -> Self {
-        Self {
-            reader,
-            number: first,
-            max_bytes,
-            buffer: Vec::new(),
-        }
+        Self { reader, number: first, max_bytes, buffer: Vec::new() }
     }
 
     /// Number of the line that [`Lines::next`] reads next.
@@ -102,9 +97,7 @@ mod tests {
         let mut lines = Lines::new(BufReader::with_capacity(chunk, text), 1, max_bytes);
         let mut all = Vec::new();
         while let Some(line) = lines.next().unwrap() {
-            let content = line
-                .content
-                .map(|bytes| String::from_utf8(bytes.to_vec()).unwrap());
+            let content = line.content.map(|bytes| String::from_utf8(bytes.to_vec()).unwrap());
             all.push((line.number, content));
         }
         all
@@ -125,12 +118,7 @@ mod tests {
             let lines = read(b"12345\r\n123456\n123456789\nok\n", 5, chunk);
             assert_eq!(
                 lines,
-                [
-                    (1, Ok("12345".to_owned())),
-                    (2, Err(7)),
-                    (3, Err(10)),
-                    (4, Ok("ok".to_owned()))
-                ]
+                [(1, Ok("12345".to_owned())), (2, Err(7)), (3, Err(10)), (4, Ok("ok".to_owned()))]
             );
         }
     }

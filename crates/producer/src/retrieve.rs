@@ -54,9 +54,7 @@ impl Retriever {
         };
         let index = Index::open(config, &counter)?;
         Ok(Self {
-            lower_names: config
-                .enable_str_match
-                .then(|| LowerNames::new(&index.catalog)),
+            lower_names: config.enable_str_match.then(|| LowerNames::new(&index.catalog)),
             index,
             counter,
             max_documents: config.max_documents,
@@ -104,11 +102,7 @@ impl Retriever {
 
     fn find(&self, query: &Query) -> Result<(RetrievalMethod, Vec<Found>), IndexError> {
         let scope = self.scope(&query.dependencies);
-        let target = query
-            .target_api
-            .as_deref()
-            .map(api_name)
-            .unwrap_or_default();
+        let target = query.target_api.as_deref().map(api_name).unwrap_or_default();
         if !target.is_empty() {
             let found = self.find_exact(target, &scope);
             if !found.is_empty() {
@@ -125,10 +119,7 @@ impl Retriever {
     }
 
     fn reference(&self, (document, score): Found) -> DocumentRef {
-        DocumentRef {
-            path: self.index.catalog.path(document).to_owned(),
-            score,
-        }
+        DocumentRef { path: self.index.catalog.path(document).to_owned(), score }
     }
 }
 

@@ -50,12 +50,9 @@ impl BadInput {
     /// What stands for it in the output: a context that failed, if it has an id.
     pub fn into_context(self) -> Result<Context, Self> {
         match self {
-            Self {
-                id: Some(id),
-                query,
-                reason,
-                ..
-            } => Ok(Context::failed(id, query.unwrap_or_default(), reason)),
+            Self { id: Some(id), query, reason, .. } => {
+                Ok(Context::failed(id, query.unwrap_or_default(), reason))
+            }
             nameless => Err(nameless),
         }
     }
@@ -76,11 +73,7 @@ struct Rejected {
 
 impl Rejected {
     fn nameless(reason: String) -> Self {
-        Self {
-            id: None,
-            query: None,
-            reason,
-        }
+        Self { id: None, query: None, reason }
     }
 }
 

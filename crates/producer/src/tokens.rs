@@ -40,11 +40,7 @@ impl TokenCounter {
     }
 
     fn new(tokenizer: Option<Tokenizer>, identity: String) -> Self {
-        let mut counter = Self {
-            tokenizer,
-            identity,
-            separator_tokens: 0,
-        };
+        let mut counter = Self { tokenizer, identity, separator_tokens: 0 };
         counter.separator_tokens = counter.count(crate::corpus::SEPARATOR);
         counter
     }
@@ -73,16 +69,13 @@ impl TokenCounter {
     /// The longest start of `text`, cut between characters, that has at most `max_tokens` tokens,
     /// or a little more: cutting can change how the end is tokenised, so count what you keep.
     pub(crate) fn prefix<'t>(&self, text: &'t str, max_tokens: usize) -> &'t str {
-        let encoding = self
-            .tokenizer
-            .as_ref()
-            .and_then(|tokenizer| tokenizer.encode(text, false).ok());
+        let encoding =
+            self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.encode(text, false).ok());
         let end = match encoding {
             Some(encoding) if encoding.len() <= max_tokens => text.len(),
-            Some(encoding) => encoding
-                .get_offsets()
-                .get(max_tokens)
-                .map_or(text.len(), |offsets| offsets.0),
+            Some(encoding) => {
+                encoding.get_offsets().get(max_tokens).map_or(text.len(), |offsets| offsets.0)
+            }
             None => text
                 .char_indices()
                 .nth(max_tokens.saturating_mul(CHARS_PER_TOKEN))

@@ -43,11 +43,7 @@ impl Tokenizer for CodeTokenizer {
         self.token.reset();
         self.spans.clear();
         split(text, &mut self.spans);
-        CodeTokenStream {
-            text,
-            token: &mut self.token,
-            spans: self.spans.iter(),
-        }
+        CodeTokenStream { text, token: &mut self.token, spans: self.spans.iter() }
     }
 }
 
@@ -67,11 +63,7 @@ impl TokenStream for CodeTokenStream<'_> {
         self.token.offset_from = span.start;
         self.token.offset_to = span.end;
         self.token.text.clear();
-        normalise(
-            &self.text[span.start..span.end],
-            span.is_word,
-            &mut self.token.text,
-        );
+        normalise(&self.text[span.start..span.end], span.is_word, &mut self.token.text);
         true
     }
 
@@ -200,11 +192,7 @@ fn split_part(text: &str, start: usize, end: usize, spans: &mut Vec<Span>) {
 
 fn push(start: usize, end: usize, is_word: bool, spans: &mut Vec<Span>) {
     if start < end && end - start <= MAX_TERM_BYTES {
-        spans.push(Span {
-            start,
-            end,
-            is_word,
-        });
+        spans.push(Span { start, end, is_word });
     }
 }
 
@@ -229,14 +217,8 @@ mod tests {
             terms("np.default_rng"),
             ["np.default_rng", "np", "default", "rng", "default_rng"]
         );
-        assert_eq!(
-            terms("pd.DataFrame"),
-            ["pd.dataframe", "pd", "data", "frame", "dataframe"]
-        );
-        assert_eq!(
-            terms("HTTPServer2Go"),
-            ["http", "server2", "go", "httpserver2go"]
-        );
+        assert_eq!(terms("pd.DataFrame"), ["pd.dataframe", "pd", "data", "frame", "dataframe"]);
+        assert_eq!(terms("HTTPServer2Go"), ["http", "server2", "go", "httpserver2go"]);
         assert_eq!(terms("__init__"), ["init", "__init__"]);
         assert_eq!(terms("float32"), ["float32"]);
     }
@@ -245,9 +227,7 @@ mod tests {
     fn signs_only_separate() {
         assert_eq!(
             terms("Use `a.b(x, y)`. +path:\"z\"~2 AND (q..."),
-            [
-                "use", "a.b", "a", "b", "x", "y", "path", "z", "2", "and", "q"
-            ]
+            ["use", "a.b", "a", "b", "x", "y", "path", "z", "2", "and", "q"]
         );
         assert_eq!(terms("... ._. é.Ü"), ["_", "é.ü", "é", "ü"]);
     }

@@ -45,10 +45,7 @@ pub(super) struct Build<'b> {
 impl Build<'_> {
     /// Builds the index in an empty directory.
     pub(super) fn run(&self, dir: &Path) -> Result<(), Error> {
-        let failed = |source: IndexError| Error::Index {
-            dir: dir.to_owned(),
-            source,
-        };
+        let failed = |source: IndexError| Error::Index { dir: dir.to_owned(), source };
         let start = Instant::now();
         tracing::info!(num_releases = self.releases.len(), "indexing the corpus");
         let mut sink = Sink::create(dir).map_err(failed)?;
@@ -63,8 +60,7 @@ impl Build<'_> {
             if !same_package {
                 paths.clear();
             }
-            sink.columns
-                .push_release(&release.package, &release.version);
+            sink.columns.push_release(&release.package, &release.version);
             let mut documents = Documents::open(release, self.corpus_type)?;
             // A path that a file has twice is as new the second time.
             let mut new_paths = Vec::new();
@@ -82,8 +78,7 @@ impl Build<'_> {
                     .collect();
                 for (document, num_tokens) in counted {
                     let is_latest = !paths.contains(&document.path);
-                    sink.add(release, &document, num_tokens, is_latest)
-                        .map_err(failed)?;
+                    sink.add(release, &document, num_tokens, is_latest).map_err(failed)?;
                     new_paths.push(document.path);
                 }
                 if reported.elapsed() > PROGRESS_INTERVAL {
@@ -145,19 +140,14 @@ impl Sink {
         is_latest: bool,
     ) -> Result<(), IndexError> {
         let number = self.columns.num_documents();
-        let mut scopes = vec![release_scope(
-            &release.package,
-            &release.version.to_string(),
-        )];
+        let mut scopes = vec![release_scope(&release.package, &release.version.to_string())];
         if is_latest {
             scopes.push(package_scope(&release.package));
             scopes.push(LATEST.to_owned());
         }
-        self.search
-            .add(number, document.names(), document.body(), &scopes)?;
+        self.search.add(number, document.names(), document.body(), &scopes)?;
         self.texts.write_all(document.text.as_bytes())?;
-        self.columns
-            .push(document.names(), &document.text, num_tokens, is_latest);
+        self.columns.push(document.names(), &document.text, num_tokens, is_latest);
         Ok(())
     }
 

@@ -231,10 +231,7 @@ impl Catalog {
     /// it ends.
     pub(crate) fn name_at(&self, offset: usize) -> (u32, usize) {
         let next = self.name_starts.partition_point(|&start| start <= offset);
-        (
-            self.document_of(saturated(next - 1)),
-            self.name_starts[next],
-        )
+        (self.document_of(saturated(next - 1)), self.name_starts[next])
     }
 
     fn name(&self, name: u32) -> &str {

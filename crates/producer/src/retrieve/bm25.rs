@@ -19,10 +19,7 @@ impl Retriever {
         let filters: Option<Vec<String>> =
             scope.parts.iter().map(|part| part.filter.clone()).collect();
         let filters = filters.unwrap_or_default();
-        let mut found = self
-            .index
-            .search
-            .search(question, &filters, self.max_documents)?;
+        let mut found = self.index.search.search(question, &filters, self.max_documents)?;
         let catalog = &self.index.catalog;
         found.sort_by(|(a, a_score), (b, b_score)| {
             b_score

@@ -22,11 +22,7 @@ impl Retriever {
         let mut left = self.max_tokens;
         for &(document, score) in found {
             let is_first = assembled.documents.is_empty();
-            let separator = if is_first {
-                0
-            } else {
-                self.counter.separator_tokens()
-            };
+            let separator = if is_first { 0 } else { self.counter.separator_tokens() };
             let Some(room) = left.checked_sub(separator) else {
                 break;
             };
@@ -36,11 +32,8 @@ impl Retriever {
                 break;
             }
             let text = self.index.text(document)?;
-            let kept = if fits {
-                Some(text.as_str())
-            } else {
-                cut(&self.counter, &text, room, is_first)
-            };
+            let kept =
+                if fits { Some(text.as_str()) } else { cut(&self.counter, &text, room, is_first) };
             if let Some(kept) = kept {
                 if !is_first {
                     assembled.text.push_str(SEPARATOR);
@@ -71,16 +64,10 @@ fn cut<'t>(
     let heading = text.find('\n').unwrap_or(text.len());
     let prefix = counter.prefix(text, max_tokens);
     let fits = |kept: &str| counter.count(kept) <= max_tokens;
-    let whole_line = text[prefix.len()..]
-        .starts_with('\n')
-        .then_some(prefix.len());
-    let line_ends = whole_line
-        .into_iter()
-        .chain(prefix.rmatch_indices('\n').map(|(end, _)| end));
-    let word_ends = prefix
-        .rmatch_indices(char::is_whitespace)
-        .map(|(end, _)| end)
-        .filter(|_| between_words);
+    let whole_line = text[prefix.len()..].starts_with('\n').then_some(prefix.len());
+    let line_ends = whole_line.into_iter().chain(prefix.rmatch_indices('\n').map(|(end, _)| end));
+    let word_ends =
+        prefix.rmatch_indices(char::is_whitespace).map(|(end, _)| end).filter(|_| between_words);
     let longest = |ends: &mut dyn Iterator<Item = usize>| {
         ends.map(|end| text[..end].trim_end())
             .take_while(|kept| kept.len() > heading)

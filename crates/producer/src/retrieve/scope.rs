@@ -30,9 +30,7 @@ pub(super) struct Part {
 impl Scope {
     /// Whether it holds a document, older ones of the same path included.
     pub(super) fn contains(&self, document: u32) -> bool {
-        self.parts
-            .iter()
-            .any(|part| part.documents.contains(&document))
+        self.parts.iter().any(|part| part.documents.contains(&document))
     }
 }
 
@@ -44,10 +42,7 @@ impl Retriever {
             .flat_map(|(package, version)| self.package_parts(package, version.as_deref()))
             .collect();
         if !parts.is_empty() {
-            return Scope {
-                parts,
-                exact_only: false,
-            };
+            return Scope { parts, exact_only: false };
         }
         let catalog = &self.index.catalog;
         let all = Part {
@@ -55,10 +50,7 @@ impl Retriever {
             latest_only: true,
             filter: (!catalog.all_latest()).then(|| LATEST.to_owned()),
         };
-        Scope {
-            parts: vec![all],
-            exact_only: !dependencies.is_empty(),
-        }
+        Scope { parts: vec![all], exact_only: !dependencies.is_empty() }
     }
 
     fn package_parts(&self, package: &str, version: Option<&str>) -> Vec<Part> {
@@ -93,10 +85,7 @@ impl Retriever {
 
     fn warn_once(&self, package: &str, version: Option<&str>, text: &str) {
         let version = version.unwrap_or("any");
-        let mut warned = self
-            .warned
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut warned = self.warned.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         // Bounded, as queries are not: what is warned about is at most this many things.
         if warned.len() < MAX_WARNED && warned.insert(format!("{package}\0{version}")) {
             tracing::warn!(package, version, "{text}");

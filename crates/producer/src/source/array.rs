@@ -96,10 +96,7 @@ impl<R: Read> ArrayScanner<R> {
                 }
                 Some(_) => return self.element().map(Some),
             };
-            return Ok(Some(Record {
-                line: self.line,
-                content: Err(reason.to_owned()),
-            }));
+            return Ok(Some(Record { line: self.line, content: Err(reason.to_owned()) }));
         }
         Ok(None)
     }
@@ -109,9 +106,7 @@ impl<R: Read> ArrayScanner<R> {
     fn close(&mut self) -> io::Result<Option<&'static str>> {
         if self.last == Last::Comma && !self.resumed {
             self.last = Last::Element;
-            return Ok(Some(
-                "expected an object after the comma, given the end of the array",
-            ));
+            return Ok(Some("expected an object after the comma, given the end of the array"));
         }
         self.at += 1;
         let follows = self.skip_space()?;
@@ -135,10 +130,7 @@ impl<R: Read> ArrayScanner<R> {
                 Err(format!("expected an object, given {reason}"))
             }
         };
-        Ok(Record {
-            line,
-            content: content.map(|range| self.buffer[range].trim_ascii_end()),
-        })
+        Ok(Record { line, content: content.map(|range| self.buffer[range].trim_ascii_end()) })
     }
 
     fn scan(&mut self, indent: Option<usize>) -> io::Result<End> {
@@ -219,11 +211,7 @@ impl<R: Read> ArrayScanner<R> {
         self.line += memchr_iter(b'\n', passed).count() as u64;
         let newline = memrchr(b'\n', passed);
         let tail = &passed[newline.map_or(0, |at| at + 1)..];
-        let before = if newline.is_some() {
-            Some(0)
-        } else {
-            self.indent
-        };
+        let before = if newline.is_some() { Some(0) } else { self.indent };
         self.indent = before
             .filter(|_| tail.iter().all(u8::is_ascii_whitespace))
             .map(|spaces| spaces + tail.len());
@@ -243,8 +231,7 @@ impl<R: Read> ArrayScanner<R> {
                 read => break read,
             }
         };
-        self.buffer
-            .truncate(len + read.as_ref().map_or(0, |&num_bytes| num_bytes));
+        self.buffer.truncate(len + read.as_ref().map_or(0, |&num_bytes| num_bytes));
         read.map(|num_bytes| num_bytes > 0)
     }
 }
@@ -352,27 +339,15 @@ impl Nesting {
 /// starts a line, indented as that one was; or, where that one didn't start a line, the `{` of
 /// `}, {`.
 enum Resume {
-    LineStart {
-        indent: usize,
-        spaces: Option<usize>,
-    },
-    AfterObject {
-        closed: bool,
-        comma: bool,
-    },
+    LineStart { indent: usize, spaces: Option<usize> },
+    AfterObject { closed: bool, comma: bool },
 }
 
 impl Resume {
     fn new(indent: Option<usize>) -> Self {
         match indent {
-            Some(indent) => Self::LineStart {
-                indent,
-                spaces: None,
-            },
-            None => Self::AfterObject {
-                closed: false,
-                comma: false,
-            },
+            Some(indent) => Self::LineStart { indent, spaces: None },
+            None => Self::AfterObject { closed: false, comma: false },
         }
     }
 

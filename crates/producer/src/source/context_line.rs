@@ -28,11 +28,7 @@ fn context(fields: &Fields<'_>, id: &JobId) -> Result<Context, String> {
             text => Ok(text.unwrap_or_default()),
         }
     };
-    let query = if success {
-        fields.filled_text("query")?
-    } else {
-        text("query")?
-    };
+    let query = if success { fields.filled_text("query")? } else { text("query")? };
     let context = text("context")?;
     Ok(Context {
         id: id.clone(),

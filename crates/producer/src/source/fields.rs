@@ -35,9 +35,7 @@ impl<'r> Fields<'r> {
             "a text" => self.text("id")?.unwrap_or_default(),
             "a number" => raw.get().to_owned(),
             other => {
-                return Err(format!(
-                    "expected a text or a number in `id`, given {other}"
-                ));
+                return Err(format!("expected a text or a number in `id`, given {other}"));
             }
         };
         match text.len() {
@@ -164,9 +162,7 @@ impl Packages {
     /// of its version, which then is no version of the corpus.
     fn add_requirement<E: de::Error>(&mut self, text: &str) -> Result<(), E> {
         let text = text.trim();
-        let end = text
-            .find(|c: char| "[=<>!~; ".contains(c))
-            .unwrap_or(text.len());
+        let end = text.find(|c: char| "[=<>!~; ".contains(c)).unwrap_or(text.len());
         let (package, rest) = text.split_at(end);
         if package.is_empty() {
             return Err(E::custom(format!(

@@ -29,11 +29,7 @@ pub(super) fn read(record: &[u8]) -> Vec<Result<Query, Rejected>> {
         Ok(()) => single(&fields, &id).map(|query| vec![Ok(query)]),
     };
     result.unwrap_or_else(|reason| {
-        vec![Err(Rejected {
-            id: Some(id),
-            query: question(&fields),
-            reason,
-        })]
+        vec![Err(Rejected { id: Some(id), query: question(&fields), reason })]
     })
 }
 

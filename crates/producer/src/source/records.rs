@@ -40,11 +40,7 @@ impl<R: BufRead> Records<R> {
             match first {
                 Some(b'[') => {
                     reader.consume(1);
-                    return Ok(Self::Array(ArrayScanner::new(
-                        reader,
-                        line,
-                        MAX_RECORD_BYTES,
-                    )));
+                    return Ok(Self::Array(ArrayScanner::new(reader, line, MAX_RECORD_BYTES)));
                 }
                 None if !at_end => {}
                 _ => {
@@ -103,10 +99,7 @@ impl<R: BufRead> LineRecords<R> {
                 Ok(Shape::Blank) => continue,
                 Ok(Shape::Spread) => {
                     self.in_spread = true;
-                    return Ok(Some(Record {
-                        line: number,
-                        content: Err(SPREAD.to_owned()),
-                    }));
+                    return Ok(Some(Record { line: number, content: Err(SPREAD.to_owned()) }));
                 }
                 Ok(shape) if self.in_spread && shape != Shape::Object => {
                     self.in_spread = shape != Shape::Close;
@@ -124,10 +117,7 @@ impl<R: BufRead> LineRecords<R> {
                 }
             }
         };
-        Ok(Some(Record {
-            line: number,
-            content: Ok(self.lines.current()),
-        }))
+        Ok(Some(Record { line: number, content: Ok(self.lines.current()) }))
     }
 }
 

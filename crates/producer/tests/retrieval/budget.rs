@@ -13,11 +13,7 @@ fn documents_are_taken_whole_while_they_fit_and_the_last_is_cut_at_a_line() {
         &[
             ("p.f", &["name"], &lines),
             ("p.g", &["name"], &lines),
-            (
-                "p.h",
-                &["name"],
-                "one line that is the only one here and so can't be cut",
-            ),
+            ("p.h", &["name"], "one line that is the only one here and so can't be cut"),
         ],
     );
     let context = |corpus: &Corpus, max_tokens| {
@@ -35,17 +31,11 @@ fn documents_are_taken_whole_while_they_fit_and_the_last_is_cut_at_a_line() {
     );
     // A separator of one token, and 16 tokens of the second document.
     let cut = context(&corpus, 34);
-    assert!(
-        cut.context
-            .starts_with(&format!("{}\n\n## p.g\n", whole("p.f")))
-    );
+    assert!(cut.context.starts_with(&format!("{}\n\n## p.g\n", whole("p.f"))));
     assert_eq!(cut.context.matches("aaa").count(), 9);
     assert_eq!(paths(&cut), ["p.f", "p.g"]);
     let both = context(&corpus, 35);
-    assert_eq!(
-        both.context,
-        format!("{}\n\n{}", whole("p.f"), whole("p.g"))
-    );
+    assert_eq!(both.context, format!("{}\n\n{}", whole("p.f"), whole("p.g")));
     // A heading alone is not worth its tokens; nor is the end of the third document.
     assert_eq!(context(&corpus, 19).context, whole("p.f"));
     assert_eq!(paths(&context(&corpus, 40)), ["p.f", "p.g"]);
@@ -63,10 +53,8 @@ fn documents_are_taken_whole_while_they_fit_and_the_last_is_cut_at_a_line() {
 fn the_budget_is_counted_with_the_models_tokenizer_and_never_exceeded() {
     let text = "one, two three-four\nfive six\n\nseven (eight) nine\nten\n".repeat(3);
     let documents: Vec<String> = (0..8).map(|k| format!("p.f{k}")).collect();
-    let documents: Vec<(&str, &[&str], &str)> = documents
-        .iter()
-        .map(|path| (path.as_str(), &["name"][..], text.as_str()))
-        .collect();
+    let documents: Vec<(&str, &[&str], &str)> =
+        documents.iter().map(|path| (path.as_str(), &["name"][..], text.as_str())).collect();
     let corpus = Corpus::new().release("p/1", &documents);
     let file = tokenizer_file(corpus.dir.path());
     let counter = TokenCounter::from_file(&file).unwrap();

@@ -25,10 +25,7 @@ impl Corpus {
     }
 
     pub(crate) fn file(&self, release: &str) -> PathBuf {
-        self.dir
-            .path()
-            .join("corpus")
-            .join(format!("{release}.jsonl"))
+        self.dir.path().join("corpus").join(format!("{release}.jsonl"))
     }
 
     /// Adds `<package>/<version>` with documents of the given paths and texts.
@@ -50,10 +47,7 @@ impl Corpus {
 
     pub(crate) fn indexes(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(self.dir.path().join("cache")).unwrap();
-        entries
-            .map(|entry| entry.unwrap().path())
-            .filter(|path| path.is_dir())
-            .collect()
+        entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_dir()).collect()
     }
 }
 
@@ -63,22 +57,14 @@ pub(crate) fn numpy_and_pandas() -> Corpus {
         .release(
             "numpy/1.9.0",
             &[
-                (
-                    "numpy.argsort",
-                    &["np.argsort"],
-                    "Old indices that sort an array.",
-                ),
+                ("numpy.argsort", &["np.argsort"], "Old indices that sort an array."),
                 ("numpy.rank", &["np.rank"], "Number of dimensions."),
             ],
         )
         .release(
             "numpy/1.16.6",
             &[
-                (
-                    "numpy.argsort",
-                    &["np.argsort"],
-                    "Indices that would sort an array.",
-                ),
+                ("numpy.argsort", &["np.argsort"], "Indices that would sort an array."),
                 ("numpy.sort", &["np.sort"], "Sorted copy of an array."),
                 ("numpy.ma.argsort", &[], "Masked indices."),
             ],
@@ -86,16 +72,8 @@ pub(crate) fn numpy_and_pandas() -> Corpus {
         .release(
             "pandas/2.0",
             &[
-                (
-                    "pandas.argsort_like",
-                    &["np.sort", "pandas.Order"],
-                    "Nothing much.",
-                ),
-                (
-                    "pandas.merge",
-                    &[],
-                    "Join two tables on an array of columns.",
-                ),
+                ("pandas.argsort_like", &["np.sort", "pandas.Order"], "Nothing much."),
+                ("pandas.merge", &[], "Join two tables on an array of columns."),
             ],
         )
 }
@@ -117,10 +95,7 @@ pub(crate) fn query(
 }
 
 pub(crate) fn paths(context: &Context) -> Vec<&str> {
-    let paths = context
-        .documents
-        .iter()
-        .map(|document| document.path.as_str());
+    let paths = context.documents.iter().map(|document| document.path.as_str());
     paths.collect()
 }
 

@@ -23,10 +23,7 @@ fn an_exact_name_or_alias_gives_that_document_alone() {
         let context = retriever.retrieve(query("How?", Some(name), NUMPY));
         assert_eq!(context.retrieval_method, RetrievalMethod::ExactApiMatch);
         assert_eq!(paths(&context), ["numpy.argsort"]);
-        assert_eq!(
-            context.context,
-            "## numpy.argsort\nIndices that would sort an array."
-        );
+        assert_eq!(context.context, "## numpy.argsort\nIndices that would sort an array.");
         assert_eq!(context.context_length, context.context.chars().count());
         assert_eq!(context.documents[0].score, 1.0);
         assert_eq!(context.target_api.as_deref(), Some(name));
@@ -82,9 +79,7 @@ fn packages_that_are_not_in_the_corpus_leave_exact_names_alone() {
 fn string_match_takes_names_that_contain_the_target_the_shortest_first() {
     let mut corpus = numpy_and_pandas();
     let names = |corpus: &Corpus, target, dependencies| {
-        let context = corpus
-            .open()
-            .retrieve(query("zzz", Some(target), dependencies));
+        let context = corpus.open().retrieve(query("zzz", Some(target), dependencies));
         let paths = paths(&context).join(" ");
         (context.retrieval_method, paths)
     };
@@ -92,14 +87,8 @@ fn string_match_takes_names_that_contain_the_target_the_shortest_first() {
     assert_eq!(names(&corpus, "gsor", NUMPY), none);
     corpus.config.enable_str_match = true;
     let found = |paths: &str| (RetrievalMethod::RagStringMatch, paths.to_owned());
-    assert_eq!(
-        names(&corpus, "gsor", NUMPY),
-        found("numpy.argsort numpy.ma.argsort")
-    );
-    assert_eq!(
-        names(&corpus, "ARGSORT", &[("numpy", Some("1.9"))]),
-        found("numpy.argsort")
-    );
+    assert_eq!(names(&corpus, "gsor", NUMPY), found("numpy.argsort numpy.ma.argsort"));
+    assert_eq!(names(&corpus, "ARGSORT", &[("numpy", Some("1.9"))]), found("numpy.argsort"));
     // By its last part, where the whole finds nothing; one document of each path.
     assert_eq!(
         names(&corpus, "x.argsort", &[]),
@@ -125,9 +114,7 @@ fn questions_find_documents_by_their_words_in_what_they_name() {
         paths(&context).join(" ")
     };
     assert_eq!(
-        found("What does numpy.argsort do?", NUMPY)
-            .split(' ')
-            .next(),
+        found("What does numpy.argsort do?", NUMPY).split(' ').next(),
         Some("numpy.argsort")
     );
     assert_eq!(found("Joining of two tables?", &[]), "pandas.merge");
@@ -153,14 +140,9 @@ fn target_that_is_nowhere_joins_the_question() {
 fn questions_are_never_query_syntax() {
     let corpus = numpy_and_pandas();
     let retriever = corpus.open();
-    for text in [
-        "names:merge",
-        "+merge -merge",
-        "\"merge",
-        "merge~2 AND (",
-        "[merge TO",
-        "merge^9*",
-    ] {
+    for text in
+        ["names:merge", "+merge -merge", "\"merge", "merge~2 AND (", "[merge TO", "merge^9*"]
+    {
         let context = retriever.retrieve(query(text, None, &[]));
         assert!(context.success, "{:?}", context.error);
         assert_eq!(paths(&context), ["pandas.merge"], "{text}");
@@ -177,10 +159,8 @@ fn questions_are_never_query_syntax() {
 #[test]
 fn equal_scores_are_put_in_the_order_of_paths() {
     let documents: Vec<String> = (0..30).map(|k| format!("z.f{:02}", (k * 7) % 30)).collect();
-    let documents: Vec<(&str, &[&str], &str)> = documents
-        .iter()
-        .map(|path| (path.as_str(), &[][..], "The same words."))
-        .collect();
+    let documents: Vec<(&str, &[&str], &str)> =
+        documents.iter().map(|path| (path.as_str(), &[][..], "The same words.")).collect();
     let corpus = Corpus::new().release("z/1", &documents);
     let context = corpus.open().retrieve(query("same words", None, &[]));
     let expected: Vec<String> = (0..10).map(|k| format!("z.f{k:02}")).collect();
@@ -215,10 +195,7 @@ fn resumed_runs_look_up_only_what_is_left() {
         .map(|k| json!({"id": k, "query": "sort", "target_api": "numpy.sort"}).to_string())
         .collect();
     fs::write(&file, lines.join("\n")).unwrap();
-    let source = SourceConfig {
-        queries_file: Some(file),
-        ..SourceConfig::default()
-    };
+    let source = SourceConfig { queries_file: Some(file), ..SourceConfig::default() };
     let retriever = Arc::new(corpus.open());
     let read = |skip: &dyn Fn(&JobId) -> bool| -> Vec<Context> {
         let contexts = contexts(&source, Some(Arc::clone(&retriever)), skip).unwrap();
@@ -240,18 +217,13 @@ fn source_code_is_found_like_documentation() {
     fs::write(corpus.file("a/1"), line.to_string()).unwrap();
     corpus.config.corpus_type = CorpusType::Srccodes;
     let context = corpus.open().retrieve(query("computeTotal", None, &[]));
-    assert_eq!(
-        context.context,
-        "## a.f\ndef f():\n    return compute_total()"
-    );
+    assert_eq!(context.context, "## a.f\ndef f():\n    return compute_total()");
 }
 
 #[test]
 fn an_empty_release_is_no_failure_and_an_empty_corpus_is_one() {
     let corpus = Corpus::new().release("a/1", &[]);
-    let context = corpus
-        .open()
-        .retrieve(query("a", Some("a.b"), &[("a", Some("1"))]));
+    let context = corpus.open().retrieve(query("a", Some("a.b"), &[("a", Some("1"))]));
     assert_eq!(context.retrieval_method, RetrievalMethod::None);
     let empty = Corpus::new();
     let error = |config: &RetrievalConfig| match Retriever::open(config, None) {
@@ -261,16 +233,9 @@ fn an_empty_release_is_no_failure_and_an_empty_corpus_is_one() {
     assert!(error(&empty.config).starts_with("expected <package>/<version>.jsonl"));
     let missing = RetrievalConfig::default();
     assert!(error(&missing).contains("given none"));
-    let nothing = RetrievalConfig {
-        max_documents: 0,
-        max_tokens: 0,
-        ..RetrievalConfig::default()
-    };
+    let nothing = RetrievalConfig { max_documents: 0, max_tokens: 0, ..RetrievalConfig::default() };
     let text = error(&nothing);
-    assert!(
-        text.contains("--max-documents") && text.contains("--max-tokens"),
-        "{text}"
-    );
+    assert!(text.contains("--max-documents") && text.contains("--max-tokens"), "{text}");
 }
 
 #[test]

@@ -24,9 +24,7 @@ fn scan(array: &str, chunk: usize, max_bytes: usize) -> Elements {
     let mut scanner = ArrayScanner::new(Slow(text.as_bytes(), chunk), 1, max_bytes);
     let mut elements = Vec::new();
     while let Some(record) = scanner.next().unwrap() {
-        let content = record
-            .content
-            .map(|bytes| String::from_utf8(bytes.to_vec()).unwrap());
+        let content = record.content.map(|bytes| String::from_utf8(bytes.to_vec()).unwrap());
         elements.push((record.line, content));
     }
     elements
@@ -68,12 +66,7 @@ fn wrong_commas_are_named_and_lose_nothing() {
     expect("[{},\n]", &[(1, Ok("{}")), (2, Err("after the comma"))]);
     expect(
         "[,{},,\n{}]",
-        &[
-            (1, Err("before the comma")),
-            (1, Ok("{}")),
-            (1, Err("before the comma")),
-            (2, Ok("{}")),
-        ],
+        &[(1, Err("before the comma")), (1, Ok("{}")), (1, Err("before the comma")), (2, Ok("{}"))],
     );
     expect("[{}\n{}]", &[(1, Ok("{}")), (2, Ok("{}"))]);
 }
@@ -85,51 +78,24 @@ fn what_follows_the_array_is_reported() {
 
 #[test]
 fn a_missing_end_is_reported_after_the_last_element() {
-    expect(
-        "[{},\n{}\n",
-        &[(1, Ok("{}")), (2, Ok("{}")), (3, Err("end of the file"))],
-    );
+    expect("[{},\n{}\n", &[(1, Ok("{}")), (2, Ok("{}")), (3, Err("end of the file"))]);
     expect("[{},\n{\"a\": ", &[(1, Ok("{}")), (2, Err("cuts off"))]);
 }
 
 #[test]
 fn a_lost_bracket_costs_one_element() {
     let array = "[\n  {\"a\": [1, 2},\n  {\"b\": {\"c\": 1}},\n  {\"d\": 2}\n]";
-    expect(
-        array,
-        &[
-            (2, Err("bracket")),
-            (3, Ok("{\"b\": {\"c\": 1}}")),
-            (4, Ok("{\"d\": 2}")),
-        ],
-    );
+    expect(array, &[(2, Err("bracket")), (3, Ok("{\"b\": {\"c\": 1}}")), (4, Ok("{\"d\": 2}"))]);
     let pretty = "[\n  {\n    \"a\": {\n      \"b\": 1\n  },\n  {\n    \"c\": 2\n  }\n]\n";
-    expect(
-        pretty,
-        &[(2, Err("bracket")), (6, Ok("{\n    \"c\": 2\n  }"))],
-    );
+    expect(pretty, &[(2, Err("bracket")), (6, Ok("{\n    \"c\": 2\n  }"))]);
     let compact = "[{\"a\": [1}, {\"b\": 2}, {\"c\": 3}]";
-    expect(
-        compact,
-        &[
-            (1, Err("bracket")),
-            (1, Ok("{\"b\": 2}")),
-            (1, Ok("{\"c\": 3}")),
-        ],
-    );
+    expect(compact, &[(1, Err("bracket")), (1, Ok("{\"b\": 2}")), (1, Ok("{\"c\": 3}"))]);
 }
 
 #[test]
 fn a_lost_quote_costs_one_element() {
     let array = "[\n{\"a\": \"x},\n{\"b\": 2},\n{\"c\": 3}\n]";
-    expect(
-        array,
-        &[
-            (2, Err("line break")),
-            (3, Ok("{\"b\": 2}")),
-            (4, Ok("{\"c\": 3}")),
-        ],
-    );
+    expect(array, &[(2, Err("line break")), (3, Ok("{\"b\": 2}")), (4, Ok("{\"c\": 3}"))]);
 }
 
 #[test]
@@ -140,10 +106,7 @@ fn an_element_over_the_limit_is_passed_over_in_bounded_memory() {
     let first = scanner.next().unwrap().unwrap();
     assert!(first.content.unwrap_err().contains("at most 1000 bytes"));
     let second = scanner.next().unwrap().unwrap();
-    assert_eq!(
-        (second.line, second.content.unwrap()),
-        (2, &b"{\"b\": 2}"[..])
-    );
+    assert_eq!((second.line, second.content.unwrap()), (2, &b"{\"b\": 2}"[..]));
     assert!(scanner.next().unwrap().is_none());
     assert!(scanner.buffer.capacity() <= CHUNK_BYTES * 4);
 }
