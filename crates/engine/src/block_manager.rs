@@ -60,9 +60,7 @@ pub struct BlockManager {
 impl BlockManager {
     /// A cache of so many blocks, all free.
     pub fn new(num_blocks: usize, prefix_caching: bool) -> Self {
-        let free = (0..num_blocks)
-            .map(|index| (false, 0, BlockId(index as u32)))
-            .collect();
+        let free = (0..num_blocks).map(|index| (false, 0, BlockId(index as u32))).collect();
         Self {
             blocks: vec![Block::default(); num_blocks],
             free,
@@ -102,10 +100,7 @@ impl BlockManager {
         if !self.prefix_caching {
             return Vec::new();
         }
-        hashes
-            .iter()
-            .map_while(|hash| self.cached.get(hash).copied())
-            .collect()
+        hashes.iter().map_while(|hash| self.cached.get(hash).copied()).collect()
     }
 
     /// Gives a sequence its first blocks: a prefix from [`Self::find_prefix`], and fresh ones for the rest of
@@ -117,10 +112,7 @@ impl BlockManager {
         spare: usize,
     ) -> Option<Vec<BlockId>> {
         let num_fresh = Self::blocks_for(num_tokens).saturating_sub(prefix.len());
-        let num_revived = prefix
-            .iter()
-            .filter(|block| self.block(**block).num_owners == 0)
-            .count();
+        let num_revived = prefix.iter().filter(|block| self.block(**block).num_owners == 0).count();
         if num_fresh + num_revived + spare > self.free.len() {
             return None;
         }
@@ -159,10 +151,7 @@ impl BlockManager {
         while let Some(id) = table.pop() {
             self.clock += 1;
             let block = &mut self.blocks[id.0 as usize];
-            debug_assert!(
-                block.num_owners > 0,
-                "{id:?} is released but nobody owns it"
-            );
+            debug_assert!(block.num_owners > 0, "{id:?} is released but nobody owns it");
             block.num_owners -= 1;
             if block.num_owners == 0 {
                 block.freed_at = self.clock;
@@ -179,8 +168,7 @@ impl BlockManager {
     fn share(&mut self, id: BlockId) {
         let block = &mut self.blocks[id.0 as usize];
         if block.num_owners == 0 {
-            self.free
-                .remove(&(block.hash.is_some(), block.freed_at, id));
+            self.free.remove(&(block.hash.is_some(), block.freed_at, id));
         }
         block.num_owners += 1;
     }
@@ -225,10 +213,7 @@ mod tests {
         assert!(!manager.grow(&mut table, 65));
         assert_eq!(table.len(), 4);
         manager.release(&mut table);
-        assert_eq!(
-            (manager.num_free_blocks(), manager.num_used_blocks()),
-            (4, 0)
-        );
+        assert_eq!((manager.num_free_blocks(), manager.num_used_blocks()), (4, 0));
     }
 
     #[test]
@@ -351,16 +336,10 @@ mod tests {
         for (index, block) in manager.blocks.iter().enumerate() {
             let id = BlockId(index as u32);
             assert_eq!(block.num_owners, owners[index], "owners of {id:?}");
-            let is_free = manager
-                .free
-                .contains(&(block.hash.is_some(), block.freed_at, id));
+            let is_free = manager.free.contains(&(block.hash.is_some(), block.freed_at, id));
             assert_eq!(is_free, block.num_owners == 0, "{id:?} is free or owned");
         }
-        let num_free = manager
-            .blocks
-            .iter()
-            .filter(|block| block.num_owners == 0)
-            .count();
+        let num_free = manager.blocks.iter().filter(|block| block.num_owners == 0).count();
         assert_eq!(num_free, manager.free.len());
         for (hash, block) in &manager.cached {
             assert_eq!(manager.block(*block).hash, Some(*hash));

@@ -57,14 +57,7 @@ impl ChatTemplate {
         };
         let mut special_tokens = BTreeMap::new();
         let map = read_json(&model_path.join("special_tokens_map.json"))?.unwrap_or_default();
-        for name in [
-            "bos_token",
-            "eos_token",
-            "unk_token",
-            "pad_token",
-            "sep_token",
-            "cls_token",
-        ] {
+        for name in ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"] {
             let content = token_content(&config[name]).or_else(|| token_content(&map[name]));
             if let Some(content) = content {
                 special_tokens.insert(name.to_owned(), content.to_owned());
@@ -79,25 +72,14 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, source.to_owned())
             .map_err(|error| Error::Model(format!("the chat template is wrong: {error:#}")))?;
-        let mut template = Self {
-            environment,
-            special_tokens,
-            takes_system: true,
-        };
+        let mut template = Self { environment, special_tokens, takes_system: true };
         let probe = [
-            Message {
-                role: "system",
-                content: "system-probe",
-            },
-            Message {
-                role: "user",
-                content: "user-probe",
-            },
+            Message { role: "system", content: "system-probe" },
+            Message { role: "user", content: "user-probe" },
         ];
         // A template may refuse a system message, or leave it out without a word.
-        template.takes_system = template
-            .render(&probe, true)
-            .is_ok_and(|text| text.contains("system-probe"));
+        template.takes_system =
+            template.render(&probe, true).is_ok_and(|text| text.contains("system-probe"));
         Ok(template)
     }
 
@@ -119,9 +101,7 @@ impl ChatTemplate {
             self.environment.get_template(NAME)?.render(context)
         };
         render().map_err(|error| {
-            let text = error
-                .detail()
-                .map_or_else(|| error.to_string(), str::to_owned);
+            let text = error.detail().map_or_else(|| error.to_string(), str::to_owned);
             Error::Reject(format!("the chat template refuses the prompt: {text}"))
         })
     }
@@ -183,10 +163,7 @@ fn environment() -> Environment<'static> {
 /// The environment in which transformers renders chat templates.
 fn chat_environment() -> Environment<'static> {
     let mut environment = environment();
-    let syntax = SyntaxConfig::builder()
-        .trim_blocks(true)
-        .lstrip_blocks(true)
-        .build();
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
     environment.set_syntax(syntax.unwrap_or_default());
     environment.add_function(
         "raise_exception",
@@ -194,9 +171,7 @@ fn chat_environment() -> Environment<'static> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, text))
         },
     );
-    environment.add_function("strftime_now", |format: &str| {
-        strftime(format, SystemTime::now())
-    });
+    environment.add_function("strftime_now", |format: &str| strftime(format, SystemTime::now()));
     environment
 }
 
@@ -206,10 +181,7 @@ fn template_source(value: &serde_json::Value) -> Option<String> {
         return Some(source.to_owned());
     }
     let named = value.as_array()?;
-    let chosen = named
-        .iter()
-        .find(|entry| entry["name"] == "default")
-        .or_else(|| named.first())?;
+    let chosen = named.iter().find(|entry| entry["name"] == "default").or_else(|| named.first())?;
     chosen["template"].as_str().map(str::to_owned)
 }
 
@@ -243,11 +215,7 @@ impl serde_json::ser::Formatter for PythonFormatter {
         writer: &mut W,
         first: bool,
     ) -> std::io::Result<()> {
-        if first {
-            Ok(())
-        } else {
-            writer.write_all(b", ")
-        }
+        if first { Ok(()) } else { writer.write_all(b", ") }
     }
 
     fn begin_object_key<W: std::io::Write + ?Sized>(
@@ -255,11 +223,7 @@ impl serde_json::ser::Formatter for PythonFormatter {
         writer: &mut W,
         first: bool,
     ) -> std::io::Result<()> {
-        if first {
-            Ok(())
-        } else {
-            writer.write_all(b", ")
-        }
+        if first { Ok(()) } else { writer.write_all(b", ") }
     }
 
     fn begin_object_value<W: std::io::Write + ?Sized>(
@@ -284,21 +248,12 @@ const MONTHS: [&str; 12] = [
     "November",
     "December",
 ];
-const DAYS: [&str; 7] = [
-    "Thursday",
-    "Friday",
-    "Saturday",
-    "Sunday",
-    "Monday",
-    "Tuesday",
-    "Wednesday",
-];
+const DAYS: [&str; 7] =
+    ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
 
 /// A time in UTC, with the codes of `strftime` that chat templates use.
 fn strftime(format: &str, now: SystemTime) -> String {
-    let seconds = now
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |elapsed| elapsed.as_secs());
+    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs());
     let (days, second) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil(days);
     let month_name = MONTHS[month as usize - 1];
@@ -358,47 +313,28 @@ mod tests {
     use super::*;
 
     fn render(source: &str) -> String {
-        let messages = [Message {
-            role: "user",
-            content: "hi <b>",
-        }];
-        ChatTemplate::new(source, BTreeMap::new())
-            .unwrap()
-            .render(&messages, true)
-            .unwrap()
+        let messages = [Message { role: "user", content: "hi <b>" }];
+        ChatTemplate::new(source, BTreeMap::new()).unwrap().render(&messages, true).unwrap()
     }
 
     #[test]
     fn json_is_written_as_python_writes_it() {
         let text = render("{{ messages[0] | tojson }}{{ [1, 2] | tojson }}");
         assert_eq!(text, r#"{"role": "user", "content": "hi <b>"}[1, 2]"#);
-        assert_eq!(
-            render("{{ {'a': [1]} | tojson(indent=2) }}"),
-            "{\n  \"a\": [\n    1\n  ]\n}"
-        );
+        assert_eq!(render("{{ {'a': [1]} | tojson(indent=2) }}"), "{\n  \"a\": [\n    1\n  ]\n}");
     }
 
     #[test]
     fn dates_are_those_of_the_calendar() {
         let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
-        assert_eq!(
-            strftime("%A %d %B %Y %H:%M:%S", at(0)),
-            "Thursday 01 January 1970 00:00:00"
-        );
+        assert_eq!(strftime("%A %d %B %Y %H:%M:%S", at(0)), "Thursday 01 January 1970 00:00:00");
         assert_eq!(strftime("%a %d %b %y", at(951_782_400)), "Tue 29 Feb 00");
-        assert_eq!(
-            strftime("%Y-%m-%d 100%%", at(1_767_225_599)),
-            "2025-12-31 100%"
-        );
+        assert_eq!(strftime("%Y-%m-%d 100%%", at(1_767_225_599)), "2025-12-31 100%");
     }
 
     #[test]
     fn a_template_that_drops_or_refuses_system_messages_is_known() {
-        let takes = |source| {
-            ChatTemplate::new(source, BTreeMap::new())
-                .unwrap()
-                .takes_system()
-        };
+        let takes = |source| ChatTemplate::new(source, BTreeMap::new()).unwrap().takes_system();
         assert!(takes("{% for m in messages %}{{ m.content }}{% endfor %}"));
         assert!(!takes("{{ messages[-1].content }}"));
         assert!(!takes(
@@ -430,10 +366,7 @@ mod tests {
         fields.context = "";
         assert_eq!(template.render(&fields).unwrap(), "Question: why?");
         let own = "{{ id }} {{ dependencies.numpy }} {{ target_api or 'any' }}";
-        assert_eq!(
-            UserTemplate::new(own).unwrap().render(&fields).unwrap(),
-            "q1 1.2 any"
-        );
+        assert_eq!(UserTemplate::new(own).unwrap().render(&fields).unwrap(), "q1 1.2 any");
         assert!(UserTemplate::new("{% if %}").is_err());
     }
 }

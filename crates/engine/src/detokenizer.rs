@@ -27,12 +27,7 @@ pub struct Detokenizer {
 impl Detokenizer {
     /// A detokenizer that looks for these stop strings.
     pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
-        Self {
-            tokenizer,
-            stop,
-            text: String::new(),
-            held_back: Vec::new(),
-        }
+        Self { tokenizer, stop, text: String::new(), held_back: Vec::new() }
     }
 
     /// Takes a token; `true` if the text has come to a stop string, behind which it ends.
@@ -89,15 +84,10 @@ impl Detokenizer {
         self.held_back.clear();
         let longest = self.stop.iter().map(String::len).max().unwrap_or(0);
         // A stop string in the new text begins at most this far in the old.
-        let start = self
-            .text
-            .floor_char_boundary(self.text.len().saturating_sub(longest));
+        let start = self.text.floor_char_boundary(self.text.len().saturating_sub(longest));
         self.text.push_str(piece);
-        let found = self
-            .stop
-            .iter()
-            .filter_map(|stop| self.text[start..].find(stop.as_str()))
-            .min();
+        let found =
+            self.stop.iter().filter_map(|stop| self.text[start..].find(stop.as_str())).min();
         if let Some(at) = found {
             self.text.truncate(start + at);
         }

@@ -71,11 +71,7 @@ impl EngineConfig {
         if let Some(length) = self.max_model_len.filter(|length| *length < 2) {
             problems.push(format!("max_model_len must be at least 2, got {length}"));
         }
-        if problems.is_empty() {
-            Ok(())
-        } else {
-            Err(Error::Input(problems.join("; ")))
-        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::Input(problems.join("; "))) }
     }
 }
 
@@ -202,12 +198,7 @@ impl Engine {
             );
         }
         let model_name = model_name(&config.model_path);
-        tracing::info!(
-            model = model_name,
-            max_model_len,
-            kv_blocks = num_blocks,
-            "engine ready"
-        );
+        tracing::info!(model = model_name, max_model_len, kv_blocks = num_blocks, "engine ready");
         let limits = Limits {
             max_num_seqs: config.max_num_seqs,
             max_num_batched_tokens: config.max_num_batched_tokens,
@@ -255,11 +246,7 @@ impl Engine {
 
     /// Takes a request. One that can never be served is refused ([`Error::Reject`]).
     pub fn add(&mut self, request: Request) -> Result<(), Error> {
-        let Request {
-            id,
-            prompt,
-            sampling,
-        } = request;
+        let Request { id, prompt, sampling } = request;
         sampling.validate()?;
         let reject = |reason: String| Err(Error::Reject(reason));
         if self.scheduler.contains(id) {
@@ -270,9 +257,7 @@ impl Engine {
         }
         if prompt.len() >= self.max_model_len {
             let (length, window) = (prompt.len(), self.max_model_len);
-            return reject(format!(
-                "the prompt has {length} tokens, the window only {window}"
-            ));
+            return reject(format!("the prompt has {length} tokens, the window only {window}"));
         }
         let vocab_size = self.runner.config().vocab_size;
         if let Some(token) = prompt.iter().find(|token| **token as usize >= vocab_size) {
@@ -281,13 +266,7 @@ impl Engine {
             ));
         }
         let detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer), sampling.stop.clone());
-        self.answers.insert(
-            id,
-            Answer {
-                sampling,
-                detokenizer,
-            },
-        );
+        self.answers.insert(id, Answer { sampling, detokenizer });
         self.scheduler.add(Sequence::new(id, prompt));
         Ok(())
     }
@@ -309,10 +288,7 @@ impl Engine {
         let mut outputs = Vec::new();
         for (id, reason) in &plan.failed {
             self.answers.remove(id);
-            outputs.push(StepOutput::Failed {
-                id: *id,
-                reason: reason.clone(),
-            });
+            outputs.push(StepOutput::Failed { id: *id, reason: reason.clone() });
         }
         if plan.scheduled.is_empty() {
             return Ok(outputs);
@@ -356,20 +332,12 @@ impl Engine {
         let ends = plan.scheduled.iter().filter(|scheduled| scheduled.samples);
         let mut sampled = Vec::with_capacity(logits.num_rows());
         for (scheduled, row) in ends.zip(logits.rows()) {
-            let running = self
-                .scheduler
-                .running()
-                .iter()
-                .find(|seq| seq.id() == scheduled.id);
+            let running = self.scheduler.running().iter().find(|seq| seq.id() == scheduled.id);
             let (Some(sequence), Some(answer)) = (running, self.answers.get(&scheduled.id)) else {
                 continue;
             };
             #[cfg(test)]
-            let row = if self.poisoned == Some(scheduled.id) {
-                &[f32::NAN][..]
-            } else {
-                row
-            };
+            let row = if self.poisoned == Some(scheduled.id) { &[f32::NAN][..] } else { row };
             let token = sample(row, &answer.sampling, sequence.generated().len());
             sampled.push((scheduled.id, token));
         }
@@ -382,16 +350,12 @@ impl Engine {
             Ok(token) => token,
             Err(error) => {
                 self.abort(id);
-                return Ok(Some(StepOutput::Failed {
-                    id,
-                    reason: error.to_string(),
-                }));
+                return Ok(Some(StepOutput::Failed { id, reason: error.to_string() }));
             }
         };
-        let (Some(answer), Some(sequence)) = (
-            self.answers.get_mut(&id),
-            self.scheduler.push_token(id, token),
-        ) else {
+        let (Some(answer), Some(sequence)) =
+            (self.answers.get_mut(&id), self.scheduler.push_token(id, token))
+        else {
             return Ok(None);
         };
         self.stats.generation_tokens += 1;
@@ -407,11 +371,7 @@ impl Engine {
         let stopped = is_eos || answer.detokenizer.push(token)?;
         let is_full = num_generated >= answer.sampling.max_new_tokens
             || sequence.num_tokens() >= self.max_model_len;
-        if stopped || is_full {
-            self.finish(id, stopped)
-        } else {
-            Ok(None)
-        }
+        if stopped || is_full { self.finish(id, stopped) } else { Ok(None) }
     }
 
     fn finish(&mut self, id: u64, stopped: bool) -> Result<Option<StepOutput>, Error> {
@@ -426,11 +386,7 @@ impl Engine {
             id,
             text: answer.detokenizer.into_text(),
             token_ids: sequence.generated().to_vec(),
-            finish_reason: if stopped {
-                FinishReason::Stop
-            } else {
-                FinishReason::Length
-            },
+            finish_reason: if stopped { FinishReason::Stop } else { FinishReason::Length },
             prompt_tokens: sequence.num_prompt_tokens(),
             completion_tokens: sequence.generated().len(),
             cached_tokens: sequence.num_cached_tokens(),
@@ -473,19 +429,50 @@ fn allocate_kv_cache(
 /// Memory that can be had without swapping, where the system tells.
 fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kibibytes * 1024)
 }
 
 fn model_name(model_path: &std::path::Path) -> String {
-    let path = model_path
-        .canonicalize()
-        .unwrap_or_else(|_| model_path.to_owned());
-    path.file_name().map_or_else(
-        || "model".to_owned(),
-        |name| name.to_string_lossy().into_owned(),
-    )
+    let path = model_path.canonicalize().unwrap_or_else(|_| model_path.to_owned());
+    path.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn logits_that_are_no_numbers_harm_their_own_sequence_alone() {
+        let model_path =
+            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-mha");
+        let config = EngineConfig { model_path, threads: 1, ..EngineConfig::default() };
+        let answers = |poisoned| {
+            let mut engine = Engine::load(&config).unwrap();
+            engine.poisoned = poisoned;
+            for id in 0..3 {
+                let prompt = (5..25 + id as TokenId).collect();
+                let sampling = SamplingParams { max_new_tokens: 8, ..SamplingParams::default() };
+                engine.add(Request { id, prompt, sampling }).unwrap();
+            }
+            let mut outputs = BTreeMap::new();
+            while engine.has_unfinished() {
+                for output in engine.step().unwrap() {
+                    match output {
+                        StepOutput::Finished(done) => outputs.insert(done.id, Ok(done.token_ids)),
+                        StepOutput::Failed { id, reason } => outputs.insert(id, Err(reason)),
+                    };
+                }
+            }
+            assert_eq!(engine.stats().kv_blocks_used, 0);
+            outputs
+        };
+        let healthy = answers(None);
+        let poisoned = answers(Some(1));
+        assert_eq!((&poisoned[&0], &poisoned[&2]), (&healthy[&0], &healthy[&2]));
+        assert!(poisoned[&1].as_ref().is_err_and(|reason| reason.contains("NaN")));
+    }
 }

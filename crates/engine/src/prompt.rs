@@ -37,11 +37,7 @@ impl PromptFormat {
     pub fn load(model_path: &Path, tokenizer: Arc<Tokenizer>) -> Result<Self, Error> {
         let chat_template = ChatTemplate::load(model_path)?;
         let user_template = UserTemplate::load(model_path)?;
-        Ok(Self {
-            tokenizer,
-            chat_template,
-            user_template,
-        })
+        Ok(Self { tokenizer, chat_template, user_template })
     }
 
     /// A format of given parts.
@@ -50,11 +46,7 @@ impl PromptFormat {
         chat_template: Option<ChatTemplate>,
         user_template: UserTemplate,
     ) -> Self {
-        Self {
-            tokenizer,
-            chat_template,
-            user_template,
-        }
+        Self { tokenizer, chat_template, user_template }
     }
 
     /// The model's tokenizer.
@@ -80,9 +72,7 @@ impl PromptFormat {
         let mark = MARKS.clone().find(is_free);
         let mark = mark.ok_or_else(|| Error::Reject("no private character is free".into()))?;
         let user = self.tokenizer.neutralise(user, mark)?;
-        let system = system
-            .map(|text| self.tokenizer.neutralise(text, mark))
-            .transpose()?;
+        let system = system.map(|text| self.tokenizer.neutralise(text, mark)).transpose()?;
         let mut text = self.compose(system.as_deref(), &user)?;
         // Control tokens can also arise where the template's text meets the user's.
         let edged = system.as_deref().map(|text| with_edges(text, mark));
@@ -92,9 +82,7 @@ impl PromptFormat {
         }
         // A chat template brings its own special tokens.
         let add_special_tokens = self.chat_template.is_none();
-        let token_ids = self
-            .tokenizer
-            .encode_marked(&text, mark, add_special_tokens)?;
+        let token_ids = self.tokenizer.encode_marked(&text, mark, add_special_tokens)?;
         text.retain(|character| character != mark);
         Ok(Prompt { text, token_ids })
     }
@@ -102,30 +90,12 @@ impl PromptFormat {
     fn compose(&self, system: Option<&str>, user: &str) -> Result<String, Error> {
         match (&self.chat_template, system) {
             (Some(template), Some(system)) if template.takes_system() => {
-                let system = Message {
-                    role: "system",
-                    content: system,
-                };
-                template.render(
-                    &[
-                        system,
-                        Message {
-                            role: "user",
-                            content: user,
-                        },
-                    ],
-                    true,
-                )
+                let system = Message { role: "system", content: system };
+                template.render(&[system, Message { role: "user", content: user }], true)
             }
             (Some(template), system) => {
                 let content = plain(system, user);
-                template.render(
-                    &[Message {
-                        role: "user",
-                        content: &content,
-                    }],
-                    true,
-                )
+                template.render(&[Message { role: "user", content: &content }], true)
             }
             (None, system) => Ok(plain(system, user)),
         }

@@ -50,25 +50,15 @@ impl SamplingParams {
             problems.push("max_new_tokens must be at least 1, got 0".to_owned());
         }
         if !self.temperature.is_finite() || self.temperature < 0.0 {
-            problems.push(format!(
-                "temperature must be 0 or more, got {}",
-                self.temperature
-            ));
+            problems.push(format!("temperature must be 0 or more, got {}", self.temperature));
         }
         if !(self.top_p > 0.0 && self.top_p <= 1.0) {
-            problems.push(format!(
-                "top_p must be above 0 and at most 1, got {}",
-                self.top_p
-            ));
+            problems.push(format!("top_p must be above 0 and at most 1, got {}", self.top_p));
         }
         if self.stop.iter().any(String::is_empty) {
             problems.push("a stop string must not be empty".to_owned());
         }
-        if problems.is_empty() {
-            Ok(())
-        } else {
-            Err(Error::Reject(problems.join("; ")))
-        }
+        if problems.is_empty() { Ok(()) } else { Err(Error::Reject(problems.join("; "))) }
     }
 }
 
@@ -96,11 +86,7 @@ pub fn sample(
         return Ok(best);
     }
     let draw = uniform(params.seed, position as u64);
-    let weights = Weights {
-        logits,
-        best: logits[best as usize],
-        temperature: params.temperature,
-    };
+    let weights = Weights { logits, best: logits[best as usize], temperature: params.temperature };
     if params.top_k == 0 && params.top_p >= 1.0 {
         let all = 0..logits.len() as TokenId;
         return Ok(pick(all.clone(), weights.sum(all), draw, &weights).unwrap_or(best));
@@ -132,9 +118,7 @@ impl Weights<'_> {
 
     /// Likeliest first, the lower id first among equals.
     fn order(&self, a: TokenId, b: TokenId) -> Ordering {
-        self.logits[b as usize]
-            .total_cmp(&self.logits[a as usize])
-            .then(a.cmp(&b))
+        self.logits[b as usize].total_cmp(&self.logits[a as usize]).then(a.cmp(&b))
     }
 }
 
@@ -243,13 +227,7 @@ mod tests {
     use super::*;
 
     fn params(temperature: f32, top_p: f32, top_k: usize) -> SamplingParams {
-        SamplingParams {
-            temperature,
-            top_p,
-            top_k,
-            seed: 7,
-            ..SamplingParams::default()
-        }
+        SamplingParams { temperature, top_p, top_k, seed: 7, ..SamplingParams::default() }
     }
 
     #[test]
@@ -273,14 +251,8 @@ mod tests {
     #[test]
     fn infinities_are_ordinary_values() {
         let none = [f32::NEG_INFINITY; 3];
-        assert_eq!(
-            sample(&none, &params(1.0, 1.0, 0), 0),
-            Err(SampleError::NothingPossible)
-        );
-        assert_eq!(
-            sample(&[], &params(1.0, 1.0, 0), 0),
-            Err(SampleError::NothingPossible)
-        );
+        assert_eq!(sample(&none, &params(1.0, 1.0, 0), 0), Err(SampleError::NothingPossible));
+        assert_eq!(sample(&[], &params(1.0, 1.0, 0), 0), Err(SampleError::NothingPossible));
         let two = [0.0, f32::INFINITY, 5.0, f32::INFINITY];
         let mut seen = [0; 4];
         for position in 0..100 {
@@ -323,10 +295,7 @@ mod tests {
             // Mean is categories - 1, deviation sqrt(2 (categories - 1)); five deviations is 1 in millions.
             let degrees: f64 = categories - 1.0;
             let limit = degrees + 5.0 * (2.0 * degrees).sqrt();
-            assert!(
-                chi_square < limit,
-                "{params:?}: {chi_square} against {limit}"
-            );
+            assert!(chi_square < limit, "{params:?}: {chi_square} against {limit}");
         }
     }
 
@@ -334,11 +303,8 @@ mod tests {
     fn reference(logits: &[f32], params: &SamplingParams) -> Vec<f64> {
         let scale = |logit: &f32| f64::from(*logit) / f64::from(params.temperature);
         let top = logits.iter().map(scale).fold(f64::NEG_INFINITY, f64::max);
-        let mut ranked: Vec<(usize, f64)> = logits
-            .iter()
-            .map(|logit| (scale(logit) - top).exp())
-            .enumerate()
-            .collect();
+        let mut ranked: Vec<(usize, f64)> =
+            logits.iter().map(|logit| (scale(logit) - top).exp()).enumerate().collect();
         ranked.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         if params.top_k > 0 {
             ranked.truncate(params.top_k);

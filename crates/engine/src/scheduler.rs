@@ -56,13 +56,7 @@ pub struct Scheduler {
 impl Scheduler {
     /// A scheduler over an empty cache.
     pub fn new(limits: Limits, blocks: BlockManager) -> Self {
-        Self {
-            limits,
-            blocks,
-            waiting: VecDeque::new(),
-            running: Vec::new(),
-            num_preemptions: 0,
-        }
+        Self { limits, blocks, waiting: VecDeque::new(), running: Vec::new(), num_preemptions: 0 }
     }
 
     /// Puts a sequence at the end of the queue.
@@ -72,10 +66,7 @@ impl Scheduler {
 
     /// Whether the sequence is waiting or running.
     pub fn contains(&self, id: u64) -> bool {
-        self.running
-            .iter()
-            .chain(&self.waiting)
-            .any(|sequence| sequence.id() == id)
+        self.running.iter().chain(&self.waiting).any(|sequence| sequence.id() == id)
     }
 
     /// Takes a sequence out, finished or not; its blocks are free again.
@@ -85,19 +76,13 @@ impl Scheduler {
             self.blocks.release(&mut sequence.block_table);
             return Some(sequence);
         }
-        let index = self
-            .waiting
-            .iter()
-            .position(|sequence| sequence.id() == id)?;
+        let index = self.waiting.iter().position(|sequence| sequence.id() == id)?;
         self.waiting.remove(index)
     }
 
     /// Appends a sampled token to a running sequence.
     pub fn push_token(&mut self, id: u64, token: TokenId) -> Option<&Sequence> {
-        let sequence = self
-            .running
-            .iter_mut()
-            .find(|sequence| sequence.id() == id)?;
+        let sequence = self.running.iter_mut().find(|sequence| sequence.id() == id)?;
         sequence.push(token);
         Some(sequence)
     }
@@ -146,8 +131,7 @@ impl Scheduler {
             let before = sequence.num_computed_tokens;
             sequence.num_computed_tokens += scheduled.num_tokens;
             for index in before / BLOCK_SIZE..sequence.num_computed_tokens / BLOCK_SIZE {
-                self.blocks
-                    .publish(sequence.block_table[index], sequence.block_hashes()[index]);
+                self.blocks.publish(sequence.block_table[index], sequence.block_hashes()[index]);
             }
         }
     }
@@ -232,9 +216,7 @@ impl Scheduler {
                     return;
                 };
                 sequence.num_computed_tokens = prefix.len() * BLOCK_SIZE;
-                sequence
-                    .num_cached_tokens
-                    .get_or_insert(sequence.num_computed_tokens);
+                sequence.num_cached_tokens.get_or_insert(sequence.num_computed_tokens);
                 sequence.block_table = table;
                 in_progress.extend(unpublished(&sequence, &self.blocks));
                 take(&sequence, budget, plan);
@@ -252,13 +234,8 @@ impl Scheduler {
 
     /// Full blocks that running sequences are about to compute.
     fn hashes_in_progress(&self) -> HashSet<BlockHash> {
-        let prefills = self
-            .running
-            .iter()
-            .filter(|sequence| sequence.num_remaining_tokens() > 1);
-        prefills
-            .flat_map(|sequence| unpublished(sequence, &self.blocks))
-            .collect()
+        let prefills = self.running.iter().filter(|sequence| sequence.num_remaining_tokens() > 1);
+        prefills.flat_map(|sequence| unpublished(sequence, &self.blocks)).collect()
     }
 
     /// Takes the youngest running sequence's blocks and puts it in front of the queue.
@@ -284,11 +261,7 @@ fn take(sequence: &Sequence, budget: &mut usize, plan: &mut Plan) {
     if num_tokens > 0 {
         *budget -= num_tokens;
         let samples = num_tokens == remaining;
-        plan.scheduled.push(Scheduled {
-            id: sequence.id(),
-            num_tokens,
-            samples,
-        });
+        plan.scheduled.push(Scheduled { id: sequence.id(), num_tokens, samples });
     }
 }
 
@@ -317,10 +290,7 @@ mod tests {
         max_num_seqs: usize,
         max_num_batched_tokens: usize,
     ) -> Scheduler {
-        let limits = Limits {
-            max_num_seqs,
-            max_num_batched_tokens,
-        };
+        let limits = Limits { max_num_seqs, max_num_batched_tokens };
         Scheduler::new(limits, BlockManager::new(num_blocks, true))
     }
 
@@ -341,10 +311,7 @@ mod tests {
     }
 
     fn parts(plan: &Plan) -> Vec<(u64, usize)> {
-        plan.scheduled
-            .iter()
-            .map(|scheduled| (scheduled.id, scheduled.num_tokens))
-            .collect()
+        plan.scheduled.iter().map(|scheduled| (scheduled.id, scheduled.num_tokens)).collect()
     }
 
     #[test]
@@ -379,10 +346,7 @@ mod tests {
         step(&mut scheduler); // 16 tokens each
         let plan = step(&mut scheduler); // both need a second block, there is one
         assert_eq!(parts(&plan), [(1, 1)]);
-        assert_eq!(
-            (scheduler.num_preemptions(), scheduler.num_waiting()),
-            (1, 1)
-        );
+        assert_eq!((scheduler.num_preemptions(), scheduler.num_waiting()), (1, 1));
         assert_eq!(scheduler.waiting[0].generated(), [7, 7]);
         scheduler.remove(1);
         let plan = step(&mut scheduler);
@@ -421,10 +385,7 @@ mod tests {
         assert_eq!(scheduler.running()[2].num_cached_tokens(), 48);
         let shared: Vec<BlockId> = scheduler.running()[0].block_table[..3].to_vec();
         assert_eq!(scheduler.running()[2].block_table[..3], shared);
-        assert_ne!(
-            scheduler.running()[2].block_table[3],
-            scheduler.running()[0].block_table[3]
-        );
+        assert_ne!(scheduler.running()[2].block_table[3], scheduler.running()[0].block_table[3]);
     }
 
     #[test]

@@ -40,17 +40,11 @@ impl Tokenizer {
     /// Loads the tokenizer of the model in a folder.
     pub fn load(model_path: &Path) -> Result<Self, Error> {
         let path = model_path.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(|source| Error::Io {
-            path: path.clone(),
-            source,
-        })?;
+        let bytes =
+            std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
         let wrong = |error| Error::Model(format!("{} is not a tokenizer: {error}", path.display()));
         let mut tokenizer = Self::new(tokenizers::Tokenizer::from_bytes(bytes).map_err(wrong)?)?;
-        for name in [
-            "config.json",
-            "generation_config.json",
-            "tokenizer_config.json",
-        ] {
+        for name in ["config.json", "generation_config.json", "tokenizer_config.json"] {
             if let Some(config) = read_json(&model_path.join(name))? {
                 tokenizer.add_eos(&config);
             }
@@ -60,9 +54,7 @@ impl Tokenizer {
 
     /// Wraps a tokenizer; no token ends an answer yet.
     pub fn new(mut inner: tokenizers::Tokenizer) -> Result<Self, Error> {
-        inner
-            .with_truncation(None)
-            .map_err(|error| Error::Model(error.to_string()))?;
+        inner.with_truncation(None).map_err(|error| Error::Model(error.to_string()))?;
         inner.with_padding(None);
         inner.set_encode_special_tokens(false);
         let added = inner.get_added_tokens_decoder();
@@ -73,11 +65,7 @@ impl Tokenizer {
             .collect();
         let mut tokenizer = Self {
             eos: BTreeSet::new(),
-            special: added
-                .iter()
-                .filter(|(_, token)| token.special)
-                .map(|(id, _)| *id)
-                .collect(),
+            special: added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id).collect(),
             normalizes_control: control.iter().any(|id| added[id].normalized),
             control,
             byte_fallback: (0..=u8::MAX)
@@ -92,10 +80,7 @@ impl Tokenizer {
 
     /// Tokens of a text in which control tokens are recognised.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<TokenId>, Error> {
-        let encoding = self
-            .inner
-            .encode_fast(text, add_special_tokens)
-            .map_err(cannot_encode)?;
+        let encoding = self.inner.encode_fast(text, add_special_tokens).map_err(cannot_encode)?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -166,10 +151,7 @@ impl Tokenizer {
 
     /// The control tokens that a text becomes.
     pub(crate) fn control_tokens(&self, text: &str) -> Vec<TokenId> {
-        self.find_control(text)
-            .into_iter()
-            .map(|(id, _)| id)
-            .collect()
+        self.find_control(text).into_iter().map(|(id, _)| id).collect()
     }
 
     /// Tokens of a text with marks: control tokens are recognised where no mark is in the way, everything
@@ -185,9 +167,8 @@ impl Tokenizer {
         }
         // The stages of `encode`, with one more: the marks go once the control tokens are found.
         let inner: &TokenizerImpl<_, _, _, _, _> = &self.inner;
-        let mut pieces = inner
-            .get_added_vocabulary()
-            .extract_and_normalize(inner.get_normalizer(), text);
+        let mut pieces =
+            inner.get_added_vocabulary().extract_and_normalize(inner.get_normalizer(), text);
         let unmark = |_, mut piece: tokenizers::NormalizedString| {
             if piece.get().chars().all(|character| character == mark) {
                 return Ok(Vec::new());
@@ -197,30 +178,21 @@ impl Tokenizer {
         };
         pieces.split(unmark).map_err(cannot_encode)?;
         if let Some(pre_tokenizer) = inner.get_pre_tokenizer() {
-            pre_tokenizer
-                .pre_tokenize(&mut pieces)
-                .map_err(cannot_encode)?;
+            pre_tokenizer.pre_tokenize(&mut pieces).map_err(cannot_encode)?;
         }
         let model = inner.get_model();
-        pieces
-            .tokenize(|piece| model.tokenize(piece.get()))
-            .map_err(cannot_encode)?;
-        let encoding = pieces
-            .into_encoding(None, 0, OffsetType::None)
-            .map_err(cannot_encode)?;
-        let encoding = inner
-            .post_process(encoding, None, add_special_tokens)
-            .map_err(cannot_encode)?;
+        pieces.tokenize(|piece| model.tokenize(piece.get())).map_err(cannot_encode)?;
+        let encoding = pieces.into_encoding(None, 0, OffsetType::None).map_err(cannot_encode)?;
+        let encoding =
+            inner.post_process(encoding, None, add_special_tokens).map_err(cannot_encode)?;
         Ok(encoding.get_ids().to_vec())
     }
 
     /// Control tokens in a text, with the bytes they come from.
     fn find_control(&self, text: &str) -> Vec<(TokenId, (usize, usize))> {
         let vocabulary = self.inner.get_added_vocabulary();
-        let normalizer: Option<&NormalizerWrapper> = self
-            .inner
-            .get_normalizer()
-            .filter(|_| self.normalizes_control);
+        let normalizer: Option<&NormalizerWrapper> =
+            self.inner.get_normalizer().filter(|_| self.normalizes_control);
         let pieces: PreTokenizedString = vocabulary.extract_and_normalize(normalizer, text);
         let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
         let tokens = splits.into_iter().filter_map(|(_, range, tokens)| {
@@ -235,10 +207,7 @@ impl Tokenizer {
         let ids = &config["eos_token_id"];
         let one = std::slice::from_ref(ids);
         let ids = ids.as_array().map_or(one, Vec::as_slice);
-        self.eos.extend(
-            ids.iter()
-                .filter_map(|id| TokenId::try_from(id.as_u64()?).ok()),
-        );
+        self.eos.extend(ids.iter().filter_map(|id| TokenId::try_from(id.as_u64()?).ok()));
         if let Some(content) = token_content(&config["eos_token"]) {
             self.eos.extend(self.inner.token_to_id(content));
         }
@@ -247,14 +216,8 @@ impl Tokenizer {
     fn find_anchor(&self) -> Vec<TokenId> {
         let anchor = self.encode("a", false).unwrap_or_default();
         let text = self.decode(&anchor).unwrap_or_default();
-        let twice = self
-            .decode(&[anchor.clone(), anchor.clone()].concat())
-            .unwrap_or_default();
-        if text.trim() == "a" && twice.starts_with(&text) {
-            anchor
-        } else {
-            Vec::new()
-        }
+        let twice = self.decode(&[anchor.clone(), anchor.clone()].concat()).unwrap_or_default();
+        if text.trim() == "a" && twice.starts_with(&text) { anchor } else { Vec::new() }
     }
 }
 
@@ -286,17 +249,11 @@ pub(crate) fn read_text(path: &Path) -> Result<Option<String>, Error> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::Io {
-            path: path.to_owned(),
-            source,
-        }),
+        Err(source) => Err(Error::Io { path: path.to_owned(), source }),
     }
 }
 
-#[expect(
-    clippy::needless_pass_by_value,
-    reason = "the shape that map_err takes"
-)]
+#[expect(clippy::needless_pass_by_value, reason = "the shape that map_err takes")]
 fn cannot_encode(error: tokenizers::Error) -> Error {
     Error::Reject(format!("the text cannot be tokenised: {error}"))
 }
