@@ -141,10 +141,10 @@ class Library(Maker):
         text = " ".join(parts).replace(". ", " ") + ("." if summary.endswith(".") else "")
         return text if self.allowed(text) and text.strip(". ") and summary_of(text) == text else None
 
-    def context(self, count, size):
+    def context(self, count, size, package=None):
         """`count` documents about things with similar names; sizes vary up to `size`."""
         docs, seen = [], set()
-        for path in self.paths(count):
+        for path in self.paths(count, package):
             near = self.relative(self.r.choice(docs).summary) if docs and self.r.random() < 0.15 else None
             for _ in range(10):
                 doc = self.document(path, self.r.randint(0, size), near)

@@ -32,14 +32,15 @@ class Stage:
     general: float
     micro: float = 0.0
     stretch: float = 0.0  # share of rows whose positions jump ahead
+    copies: float = 0.0  # share of rows that only repeat random pieces
 
 
 STAGES = [
-    Stage(((0.15, (1, 1), 0, 96), (0.85, (2, 4), 0, 128)), 4096, 1.0, 0.0, micro=1.0),
-    Stage(((0.15, (1, 1), 0, 128), (0.5, (2, 4), 0, 256), (0.35, (3, 6), 0, 384)), 4096, 0.85, 0.02, micro=0.3),
-    Stage(((0.15, (1, 1), 2, 512), (0.35, (2, 5), 0, 384), (0.5, (3, 6), 1, 768)), 6144, 0.65, 0.07, micro=0.08, stretch=0.15),
+    Stage(((0.15, (1, 1), 0, 96), (0.85, (2, 4), 0, 128)), 4096, 1.0, 0.0, micro=1.0, copies=0.03),
+    Stage(((0.15, (1, 1), 0, 128), (0.5, (2, 4), 0, 256), (0.35, (3, 6), 0, 384)), 4096, 0.85, 0.02, micro=0.3, copies=0.03),
+    Stage(((0.15, (1, 1), 2, 512), (0.45, (2, 5), 0, 384), (0.4, (3, 6), 1, 768)), 4096, 0.65, 0.07, micro=0.08, stretch=0.15, copies=0.02),
     Stage(((0.2, (1, 1), 3, 1024), (0.25, (2, 6), 0, 512), (0.4, (4, 6), 2, 1024), (0.07, (6, 10), 1, 1024), (0.08, (4, 6), 3, 2048)),
-          8192, 0.6, 0.1, micro=0.03, stretch=0.2),
+          4096, 0.6, 0.1, micro=0.03, stretch=0.2, copies=0.02),
 ]
 
 
@@ -133,9 +134,24 @@ class RowMaker:
             yield from order
             r.shuffle(order)
 
+    def copy_row(self, length):
+        """Random pieces, then the same again in another order: the plainest lesson in copying."""
+        r = self.r
+        low, high = len(SPECIAL), self.tokenizer.get_vocab_size() - 1
+        parts = [[r.randint(low, high) for _ in range(r.randint(2, 16))] for _ in range(r.randint(1, 6))]
+        ids, weights = [self.special[BEGIN]], [0.0]
+        for again in range(20):
+            for part in parts:
+                ids += part
+                weights += [0.0] + [float(again > 0)] * (len(part) - 1)
+            r.shuffle(parts)
+        return ids[:length], weights[:length], np.arange(length)[: len(ids)]
+
     def row(self, stage):
         """(token ids, weights of the loss for each, positions) of one conversation."""
         r, sp = self.r, self.special
+        if r.random() < stage.copies:
+            return self.copy_row(r.choice((96, 128, 192) if stage.micro < 1 else (96, 128)))
         docs, text, most = [], "", 0
         while not docs:
             docs, text, most = self.context(stage)

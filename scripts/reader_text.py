@@ -256,11 +256,11 @@ class Maker:
                 return name
         return name
 
-    def paths(self, count):
+    def paths(self, count, package=None):
         """Distinct dotted names of one context, with prefixes and stems in common."""
         r = self.r
-        packages = [self.package()]
-        if r.random() < 0.25:
+        packages = [package or self.package()]
+        if not package and r.random() < 0.25:
             packages.append(self.package())
         modules = ["", "", *(self.name_word() for _ in range(r.choice((0, 1, 2))))]
         classes = [self.camel() for _ in range(r.choice((0, 0, 1, 2)))]
