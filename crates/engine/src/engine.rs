@@ -298,8 +298,8 @@ impl Engine {
         };
         self.scheduler.commit(&plan);
         self.stats.steps += 1;
-        for (id, token) in sampled {
-            outputs.extend(self.advance(id, token)?);
+        for (id, sampled) in sampled {
+            outputs.extend(self.settle(id, sampled));
         }
         Ok(outputs)
     }
@@ -344,15 +344,20 @@ impl Engine {
         Ok(Some(sampled))
     }
 
-    /// Appends a sampled token; the request's end, if this is it.
-    fn advance(&mut self, id: u64, token: Sampled) -> Result<Option<StepOutput>, Error> {
-        let token = match token {
-            Ok(token) => token,
-            Err(error) => {
-                self.abort(id);
-                return Ok(Some(StepOutput::Failed { id, reason: error.to_string() }));
-            }
+    /// Takes what was sampled for a request; the request's end, if this is it.
+    fn settle(&mut self, id: u64, sampled: Sampled) -> Option<StepOutput> {
+        let advanced = match sampled {
+            Ok(token) => self.advance(id, token).map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
         };
+        advanced.unwrap_or_else(|reason| {
+            self.abort(id);
+            Some(StepOutput::Failed { id, reason })
+        })
+    }
+
+    /// Appends a sampled token.
+    fn advance(&mut self, id: u64, token: TokenId) -> Result<Option<StepOutput>, Error> {
         let (Some(answer), Some(sequence)) =
             (self.answers.get_mut(&id), self.scheduler.push_token(id, token))
         else {
