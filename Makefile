@@ -13,7 +13,6 @@ demo: ## build, answer examples/queries.jsonl with the shipped model, show the a
 	@scripts/show_results.sh results.jsonl
 
 test: ## everything the tests need, then all tests
-	cargo build --release -p flotilla
 	cargo test --workspace
 
 check: ## what CI checks

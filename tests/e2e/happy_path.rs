@@ -48,7 +48,10 @@ fn examples_are_answered_from_their_documentation() {
         }
     }
     // The model reads: a wrong cache or mask would give text that is in no document.
-    assert!(exact >= 5 && right * 10 >= exact * 8, "{right} of {exact} answers are in their context");
+    assert!(
+        exact >= 5 && right * 10 >= exact * 8,
+        "{right} of {exact} answers are in their context"
+    );
 }
 
 #[test]
@@ -73,7 +76,11 @@ fn answers_do_not_depend_on_workers_batches_or_the_cache() {
 fn sampled_answers_repeat_with_the_seed_and_change_with_it() {
     let place = Workplace::new();
     let sampled = |output: &str, more: &str| {
-        place.run_expecting(0, &(demo(output, "") + " --max-new-tokens 16 " + more).replace("--temperature 0", "--temperature 1.5 --top-p 1"));
+        place.run_expecting(
+            0,
+            &(demo(output, "") + " --max-new-tokens 16 " + more)
+                .replace("--temperature 0", "--temperature 1.5 --top-p 1"),
+        );
         answers(&place, output)
     };
     let one = sampled("one.jsonl", "--seed 1");
@@ -94,7 +101,10 @@ fn contexts_made_first_give_the_same_answers() {
         // The underscores of the older scripts.
         &format!("contexts --queries_file {examples}/queries.jsonl --corpus_path {examples}/corpus --output_file contexts.jsonl"),
     );
-    place.run_expecting(0, "run --contexts_file contexts.jsonl --output_file staged.jsonl --temperature 0");
+    place.run_expecting(
+        0,
+        "run --contexts_file contexts.jsonl --output_file staged.jsonl --temperature 0",
+    );
     assert_eq!(answers(&place, "staged.jsonl"), answers(&place, "direct.jsonl"));
 }
 
@@ -103,7 +113,10 @@ fn prompt_template_and_system_prompt_change_the_prompt() {
     let place = Workplace::new();
     place.write("template.jinja", "{{ id }}: {{ query }}");
     place.run_expecting(0, &demo("plain.jsonl", "--max-new-tokens 1"));
-    place.run_expecting(0, &demo("own.jsonl", "--max-new-tokens 1 --prompt-template template.jinja"));
+    place.run_expecting(
+        0,
+        &demo("own.jsonl", "--max-new-tokens 1 --prompt-template template.jinja"),
+    );
     let (plain, own) = (answers(&place, "plain.jsonl"), answers(&place, "own.jsonl"));
     for (id, line) in &plain {
         assert_ne!(line["prompt_sha256"], own[id]["prompt_sha256"]);

@@ -102,14 +102,16 @@ pub async fn run<Q: Queue<Settled>>(
 ) -> Result<(), Error> {
     let mut written = 0;
     loop {
-        if expected
-            .borrow()
-            .is_some_and(|expected| written >= expected)
-        {
+        // Read before the pull: what ended the run was published before the end was told.
+        let end = *end.borrow();
+        if matches!(end, End::AtLines(lines) if written >= lines) {
             return Ok(());
         }
         let deliveries = pull_batch(queue).await?;
         if deliveries.is_empty() {
+            if end == End::WhenDrained {
+                return Ok(());
+            }
             continue;
         }
         let new = tokio::task::block_in_place(|| append(output, &deliveries))?;

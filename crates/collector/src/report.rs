@@ -78,10 +78,7 @@ impl Report {
         if settled.attempts == 0 {
             self.unread.add(settled);
         } else {
-            self.workers
-                .entry(settled.worker_rank)
-                .or_default()
-                .add(settled);
+            self.workers.entry(settled.worker_rank).or_default().add(settled);
         }
     }
 
@@ -102,10 +99,7 @@ impl Report {
 
     /// The statistics block, per worker and over all, for a run that took `elapsed`.
     pub fn statistics(&self, elapsed: Duration) -> impl fmt::Display {
-        Statistics {
-            report: self,
-            elapsed,
-        }
+        Statistics { report: self, elapsed }
     }
 }
 
@@ -124,11 +118,7 @@ impl fmt::Display for Statistics<'_> {
         let seconds = self.elapsed.as_secs_f64().max(1e-9);
         overall.write(f, "OVERALL INFERENCE STATISTICS")?;
         writeln!(f, "Elapsed time: {:.2}s", self.elapsed.as_secs_f64())?;
-        writeln!(
-            f,
-            "Answers per second: {:.1}",
-            overall.answered as f64 / seconds
-        )?;
+        writeln!(f, "Answers per second: {:.1}", overall.answered as f64 / seconds)?;
         writeln!(
             f,
             "Prompt tokens: {} ({:.0}/s)",
@@ -142,11 +132,7 @@ impl fmt::Display for Statistics<'_> {
             overall.completion_tokens as f64 / seconds
         )?;
         if overall.contexts_truncated > 0 {
-            writeln!(
-                f,
-                "Contexts cut to fit the window: {}",
-                overall.contexts_truncated
-            )?;
+            writeln!(f, "Contexts cut to fit the window: {}", overall.contexts_truncated)?;
         }
         if overall.redeliveries > 0 {
             writeln!(f, "Redeliveries: {}", overall.redeliveries)?;

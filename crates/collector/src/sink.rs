@@ -30,13 +30,7 @@ pub struct Output {
 impl Output {
     /// Opens or creates the output at `path`, takes its lock, repairs its end and reads its ids.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        let io = |action| {
-            move |source| Error::Io {
-                action,
-                path: name(path),
-                source,
-            }
-        };
+        let io = |action| move |source| Error::Io { action, path: name(path), source };
         let file = OpenOptions::new()
             .read(true)
             .append(true)
@@ -52,20 +46,11 @@ impl Output {
             Err(error) => return Err(io("cannot lock")(error.into())),
         }
         // The file's name must survive a power failure as its lines do.
-        let folder = path
-            .parent()
-            .filter(|p| !p.as_os_str().is_empty())
-            .unwrap_or(Path::new("."));
-        File::open(folder)
-            .and_then(|f| f.sync_all())
-            .map_err(io("cannot sync the folder of"))?;
+        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        File::open(folder).and_then(|f| f.sync_all()).map_err(io("cannot sync the folder of"))?;
         let answered = Answered::default();
-        let mut output = Self {
-            path: path.to_owned(),
-            file,
-            answered,
-            buffer: Vec::new(),
-        };
+        let mut output =
+            Self { path: path.to_owned(), file, answered, num_failed: 0, buffer: Vec::new() };
         let whole = output.read_ids()?;
         output.cut_torn_tail(whole)?;
         Ok(output)
@@ -94,12 +79,8 @@ impl Output {
             written.map_err(|error| self.io("cannot serialise a line of", error.into()))?;
             self.buffer.push(b'\n');
         }
-        self.file
-            .write_all(&self.buffer)
-            .map_err(|error| self.io("cannot write", error))?;
-        self.file
-            .sync_data()
-            .map_err(|error| self.io("cannot sync", error))?;
+        self.file.write_all(&self.buffer).map_err(|error| self.io("cannot write", error))?;
+        self.file.sync_data().map_err(|error| self.io("cannot sync", error))?;
         for settled in outcomes {
             self.answered.mark(&settled.context.id);
             self.num_failed += u64::from(matches!(settled.outcome, Outcome::Failed(_)));
@@ -116,9 +97,7 @@ impl Output {
         let mut line = Vec::new();
         loop {
             line.clear();
-            let read = (&mut reader)
-                .take(MAX_LINE_BYTES)
-                .read_until(b'\n', &mut line);
+            let read = (&mut reader).take(MAX_LINE_BYTES).read_until(b'\n', &mut line);
             let length = read.map_err(|error| self.io("cannot read", error))? as u64;
             if line.last() != Some(&b'\n') {
                 if length == MAX_LINE_BYTES {
@@ -142,18 +121,12 @@ impl Output {
 
     /// Cuts what follows the last newline, keeping it in a file beside the output.
     fn cut_torn_tail(&mut self, whole: u64) -> Result<(), Error> {
-        let length = self
-            .file
-            .metadata()
-            .map_err(|error| self.io("cannot stat", error))?
-            .len();
+        let length = self.file.metadata().map_err(|error| self.io("cannot stat", error))?.len();
         if length == whole {
             return Ok(());
         }
         let torn_path = beside(&self.path, &format!("torn-{whole}"));
-        self.file
-            .seek(SeekFrom::Start(whole))
-            .map_err(|error| self.io("cannot seek in", error))?;
+        self.file.seek(SeekFrom::Start(whole)).map_err(|error| self.io("cannot seek in", error))?;
         let copy = File::create(&torn_path).and_then(|mut torn| {
             std::io::copy(&mut self.file, &mut torn)?;
             torn.sync_all()
@@ -175,19 +148,11 @@ impl Output {
     }
 
     fn io(&self, action: &'static str, source: std::io::Error) -> Error {
-        Error::Io {
-            action,
-            path: name(&self.path),
-            source,
-        }
+        Error::Io { action, path: name(&self.path), source }
     }
 
     fn foreign(&self, line: u64, reason: String) -> Error {
-        Error::Foreign {
-            path: name(&self.path),
-            line,
-            reason,
-        }
+        Error::Foreign { path: name(&self.path), line, reason }
     }
 }
 

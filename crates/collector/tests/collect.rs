@@ -26,10 +26,7 @@ fn settled(id: &str, outcome: Outcome) -> Settled {
     Settled {
         version: WIRE_VERSION,
         run: RunId("run".into()),
-        context: Context {
-            retrieval_time: 0.25,
-            ..Context::empty(query)
-        },
+        context: Context { retrieval_time: 0.25, ..Context::empty(query) },
         model: Some("tiny".into()),
         seed: 7,
         worker_rank: 1,
@@ -52,18 +49,11 @@ fn answered(id: &str) -> Settled {
 }
 
 fn lines(path: &Path) -> Vec<Value> {
-    fs::read_to_string(path)
-        .unwrap()
-        .lines()
-        .map(|l| serde_json::from_str(l).unwrap())
-        .collect()
+    fs::read_to_string(path).unwrap().lines().map(|l| serde_json::from_str(l).unwrap()).collect()
 }
 
 fn ids(path: &Path) -> Vec<String> {
-    lines(path)
-        .iter()
-        .map(|l| l["id"].as_str().unwrap().to_owned())
-        .collect()
+    lines(path).iter().map(|l| l["id"].as_str().unwrap().to_owned()).collect()
 }
 
 struct Count(Report);
@@ -79,12 +69,7 @@ fn lines_have_the_documented_fields_in_order() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("results.jsonl");
     let mut output = Output::open(&path).unwrap();
-    output
-        .append(&[
-            answered("a"),
-            settled("b", Outcome::Failed("too long".into())),
-        ])
-        .unwrap();
+    output.append(&[answered("a"), settled("b", Outcome::Failed("too long".into()))]).unwrap();
     let text = fs::read_to_string(&path).unwrap();
     let (a, b) = text.split_once('\n').unwrap();
     assert_eq!(
@@ -103,10 +88,7 @@ fn lines_have_the_documented_fields_in_order() {
 async fn writes_each_id_once_and_acks_repeats() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("results.jsonl");
-    Output::open(&path)
-        .unwrap()
-        .append(&[answered("old")])
-        .unwrap();
+    Output::open(&path).unwrap().append(&[answered("old")]).unwrap();
     let mut output = Output::open(&path).unwrap();
     assert!(output.answered().contains(&JobId("old".into())));
     let queue = MemoryQueue::new(1_000, LEASE);
@@ -115,19 +97,14 @@ async fn writes_each_id_once_and_acks_repeats() {
         for round in 0..3 {
             for id in ["old", "a", "b", "c"] {
                 queue.publish(answered(id)).await.unwrap();
-                queue
-                    .publish(answered(&format!("{id}-{round}")))
-                    .await
-                    .unwrap();
+                queue.publish(answered(&format!("{id}-{round}"))).await.unwrap();
             }
         }
         tell.send_replace(End::AtLines(15));
     };
     let mut count = Count(Report::default());
-    let (collected, ()) = tokio::join!(
-        flotilla_collector::run(&queue, &mut output, end, &mut count),
-        publish
-    );
+    let (collected, ()) =
+        tokio::join!(flotilla_collector::run(&queue, &mut output, end, &mut count), publish);
     collected.unwrap();
     let mut found = ids(&path);
     assert_eq!(found.len(), 16);
@@ -136,13 +113,7 @@ async fn writes_each_id_once_and_acks_repeats() {
     assert_eq!(found.len(), 16);
     let overall = count.0.overall();
     assert_eq!((overall.answered, overall.failed), (15, 0));
-    assert!(
-        queue
-            .pull(1, Duration::from_millis(1))
-            .await
-            .unwrap()
-            .is_empty()
-    );
+    assert!(queue.pull(1, Duration::from_millis(1)).await.unwrap().is_empty());
 }
 
 #[test]
@@ -159,21 +130,13 @@ fn second_writer_of_an_output_is_refused() {
 fn foreign_files_are_never_appended_to() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("precious.txt");
-    for text in [
-        "my notes\n",
-        "{\"id\": 5}\n",
-        "\n",
-        "{\"id\":\"a\",\"success\":true}\n\0\0\n",
-    ] {
+    for text in ["my notes\n", "{\"id\": 5}\n", "\n", "{\"id\":\"a\",\"success\":true}\n\0\0\n"] {
         fs::write(&path, text).unwrap();
         let error = Output::open(&path).unwrap_err();
         assert!(matches!(error, Error::Foreign { .. }), "{text:?}: {error}");
         assert_eq!(fs::read_to_string(&path).unwrap(), text);
     }
-    assert!(matches!(
-        Output::open(Path::new("/dev/null")),
-        Err(Error::NotAFile { .. })
-    ));
+    assert!(matches!(Output::open(Path::new("/dev/null")), Err(Error::NotAFile { .. })));
 }
 
 #[test]
@@ -184,19 +147,12 @@ fn torn_tail_is_cut_and_kept_beside_the_output() {
     output.append(&[answered("é"), answered("b")]).unwrap();
     drop(output);
     let whole = fs::read(&path).unwrap();
-    for tail in [
-        &b"{\"id\":\"c"[..],
-        b"\0\0\0\0",
-        b"\xc3",
-        b"{\"id\":\"c\",\"success\":true}",
-    ] {
+    for tail in [&b"{\"id\":\"c"[..], b"\0\0\0\0", b"\xc3", b"{\"id\":\"c\",\"success\":true}"] {
         fs::write(&path, [&whole[..], tail].concat()).unwrap();
         let output = Output::open(&path).unwrap();
         assert_eq!(output.answered().len(), 2);
         assert_eq!(fs::read(&path).unwrap(), whole);
-        let kept = dir
-            .path()
-            .join(format!("results.jsonl.torn-{}", whole.len()));
+        let kept = dir.path().join(format!("results.jsonl.torn-{}", whole.len()));
         assert_eq!(fs::read(kept).unwrap(), tail);
     }
 }

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context as _, ensure};
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::{Context, Dependencies, JobId, Query, RetrievalMethod};
 
 use crate::cli::{self, BenchCommand, BenchOptions};
+use crate::statistics::Statistics;
 use crate::telemetry;
 
 /// Queries of the default throughput run.
@@ -20,27 +20,6 @@ const DEFAULT_QUERIES: u64 = 500;
 /// Numbers of queries whose peak memory the default compares.
 const DEFAULT_MEMORY_QUERIES: [u64; 2] = [1_000, 100_000];
 const MIB: f64 = (1 << 20) as f64;
-
-/// What a finished run reports of itself, in the file that `--statistics-file` names.
-#[derive(Debug, Deserialize, Serialize)]
-pub(crate) struct Statistics {
-    /// Lines with an answer.
-    pub(crate) answered: u64,
-    /// Lines with an error.
-    pub(crate) failed: u64,
-    /// Tokens of the prompts.
-    pub(crate) prompt_tokens: u64,
-    /// Tokens generated.
-    pub(crate) completion_tokens: u64,
-    /// Seconds from the start of the workers to the last line, loading the model included.
-    pub(crate) elapsed_seconds: f64,
-    /// Answers per second of `elapsed_seconds`.
-    pub(crate) answers_per_second: f64,
-    /// Generated tokens per second of `elapsed_seconds`.
-    pub(crate) tokens_per_second: f64,
-    /// Most memory that the process had resident.
-    pub(crate) peak_memory_bytes: u64,
-}
 
 /// Runs `flotilla bench`.
 pub(crate) fn main(options: &BenchOptions) -> anyhow::Result<ExitCode> {
@@ -54,11 +33,7 @@ pub(crate) fn main(options: &BenchOptions) -> anyhow::Result<ExitCode> {
         Some(BenchCommand::Memory { queries }) => memory(queries)?,
         Some(BenchCommand::Retrieval { documents, queries }) => retrieval(*documents, *queries)?,
     };
-    let text = if options.json {
-        format!("{:#}\n", Value::Object(report))
-    } else {
-        table(&report)
-    };
+    let text = if options.json { format!("{:#}\n", Value::Object(report)) } else { table(&report) };
     telemetry::print(&text)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -128,7 +103,8 @@ fn flotilla_run(
         .status()
         .context("cannot run this program again")?;
     ensure!(status.success(), "the measured run ended with {status}");
-    let text = std::fs::read_to_string(&statistics).context("the measured run left no statistics")?;
+    let text =
+        std::fs::read_to_string(&statistics).context("the measured run left no statistics")?;
     let statistics: Statistics = serde_json::from_str(&text)?;
     ensure!(statistics.answered == queries, "expected {queries} answers: {statistics:?}");
     Ok(statistics)
@@ -199,12 +175,4 @@ fn figure(name: &str, value: &Value) -> String {
         (None, Some(number)) if value.is_f64() => format!("{name} {number:.2}"),
         _ => format!("{name} {value}"),
     }
-}
-
-/// Most memory this process had resident, in bytes; 0 where the system doesn't tell.
-pub(crate) fn peak_memory_bytes() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = peak.and_then(|text| text.trim().trim_end_matches("kB").trim().parse::<u64>().ok());
-    kib.unwrap_or(0) << 10
 }

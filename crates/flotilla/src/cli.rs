@@ -48,6 +48,9 @@ pub(crate) struct RunOptions {
     /// queries skipped.
     #[arg(long, value_name = "FILE")]
     pub(crate) output_file: PathBuf,
+    /// JSON file that gets the run's statistics at its end.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) statistics_file: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) model: ModelOptions,
     #[command(flatten)]
@@ -263,7 +266,9 @@ pub(crate) fn model_path(given: Option<&PathBuf>) -> anyhow::Result<PathBuf> {
             return Ok(path);
         }
     }
-    bail!("the shipped model {SHIPPED_MODEL} is neither here nor beside the program; give --model-path");
+    bail!(
+        "the shipped model {SHIPPED_MODEL} is neither here nor beside the program; give --model-path"
+    );
 }
 
 /// The arguments with `_` in option names turned into `-`, as older scripts spell them.
@@ -310,7 +315,8 @@ mod tests {
     #[test]
     fn underscores_of_option_names_become_hyphens_and_values_stay() {
         let args = ["flotilla", "run", "--output_file=a_b.jsonl", "--stop", "x_y", "--", "--a_b"];
-        let hyphens = ["flotilla", "run", "--output-file=a_b.jsonl", "--stop", "x_y", "--", "--a_b"];
+        let hyphens =
+            ["flotilla", "run", "--output-file=a_b.jsonl", "--stop", "x_y", "--", "--a_b"];
         assert_eq!(hyphenated(args.iter().map(OsString::from)), hyphens);
     }
 }

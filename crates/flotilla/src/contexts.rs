@@ -5,10 +5,11 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context as _, bail};
-use producer::{Intake, Retriever};
+use producer::{BadInput, Retriever};
 use shared::Context;
 
 use crate::cli::{self, ContextsOptions};
@@ -22,26 +23,22 @@ pub(crate) fn main(options: &ContextsOptions) -> anyhow::Result<ExitCode> {
     }
     let tokenizer = cli::model_path(options.model_path.as_ref())?.join("tokenizer.json");
     let retriever = Retriever::open(&options.retrieval, Some(&tokenizer))?;
-    let intake = Intake::open(&options.source, Some(retriever), |_id| false)?;
+    let contexts = producer::contexts(&options.source, Some(Arc::new(retriever)), |_id| false)?;
     let mut rejects = Rejects::beside(&options.output_file)?;
     let mut sink = Sink::create(&options.output_file)?;
     let started = Instant::now();
     let mut counts = Counts::default();
-    for next in intake {
-        let context = match next {
-            Ok(Some(context)) => context,
-            Ok(None) => continue,
-            Err(bad) => match bad.into_context() {
-                Ok(context) => context,
-                Err(bad) => {
-                    counts.rejected += 1;
-                    rejects.add(&bad);
-                    continue;
-                }
-            },
-        };
-        counts.add(&context);
-        sink.write(&context)?;
+    for next in contexts {
+        match next.or_else(BadInput::into_context) {
+            Ok(context) => {
+                counts.add(&context);
+                sink.write(&context)?;
+            }
+            Err(bad) => {
+                counts.rejected += 1;
+                rejects.add(&bad);
+            }
+        }
     }
     sink.finish()?;
     rejects.finish()?;

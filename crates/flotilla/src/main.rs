@@ -4,7 +4,9 @@ mod bench;
 mod cli;
 mod contexts;
 mod progress;
+mod rejects;
 mod run;
+mod statistics;
 mod telemetry;
 
 use std::process::ExitCode;
@@ -17,12 +19,14 @@ use cli::{Cli, Command};
 const FAILED: u8 = 1;
 /// Everything has its line, but some jobs failed or some input could not be read.
 const FINISHED_WITH_FAILURES: u8 = 3;
+/// Interrupted by a signal: what a shell reports for SIGINT.
+const INTERRUPTED: u8 = 130;
 
 fn main() -> ExitCode {
     let cli = Cli::parse_from(cli::hyphenated(std::env::args_os()));
     telemetry::init(cli.verbose);
     let done = match cli.command {
-        Command::Run(options) => run::main(*options),
+        Command::Run(options) => run::main(&options),
         Command::Contexts(options) => contexts::main(&options),
         Command::Bench(options) => bench::main(&options),
     };

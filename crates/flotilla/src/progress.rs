@@ -62,7 +62,11 @@ impl Progress {
             }
             _ => "ETA unknown".to_owned(),
         };
-        format!("{} failed, {:.1} answers/s, {rate:.0} tokens/s, {eta}", overall.failed, done as f64 / seconds)
+        format!(
+            "{} failed, {:.1} answers/s, {rate:.0} tokens/s, {eta}",
+            overall.failed,
+            done as f64 / seconds
+        )
     }
 
     fn show(&mut self) {
@@ -104,5 +108,9 @@ impl Observer for Progress {
 fn clock(seconds: f64) -> String {
     let seconds = seconds.round() as u64;
     let (hours, minutes, seconds) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    if hours > 0 { format!("{hours}:{minutes:02}:{seconds:02}") } else { format!("{minutes}:{seconds:02}") }
+    if hours > 0 {
+        format!("{hours}:{minutes:02}:{seconds:02}")
+    } else {
+        format!("{minutes}:{seconds:02}")
+    }
 }

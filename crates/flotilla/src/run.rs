@@ -5,13 +5,14 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
 use collector::{End, Output};
 use engine::EngineConfig;
-use producer::{Intake, JobTemplate, Published, Retriever};
-use shared::{Job, MemoryQueue, RunId, Settled};
+use producer::{BadInput, JobTemplate, Published, Retriever};
+use shared::{Context, Job, JobId, MemoryQueue, RunId, Settled};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
@@ -19,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use crate::cli::RunOptions;
 use crate::progress::Progress;
 use crate::rejects::Rejects;
+use crate::statistics::Statistics;
 use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, telemetry};
 
 /// Jobs that wait in memory for a worker: enough that no slot stays free, few enough to be small.
@@ -43,13 +45,13 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
         generation: options.generation.generation(),
     };
     let mut output = Output::open(&options.output_file)?;
-    let intake = intake(options, &engine, &output)?;
+    let contexts = contexts(options, &engine, &output)?;
     let mut rejects = Rejects::beside(&options.output_file)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
         .context("cannot start the async runtime")?;
-    let answering = answer_all(options, engine, template, intake, (&mut output, &mut rejects));
+    let answering = answer_all(options, &engine, template, contexts, (&mut output, &mut rejects));
     let answered = runtime.block_on(answering);
     // A thread that still reads ahead has nothing left to do.
     runtime.shutdown_background();
@@ -59,12 +61,16 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
     Ok(done.exit_code(&output))
 }
 
-/// The input, ready to be read: its files open, its corpus indexed.
-fn intake(options: &RunOptions, engine: &EngineConfig, output: &Output) -> anyhow::Result<Intake> {
+/// The input: its files open, its corpus indexed, what is answered already left out.
+fn contexts(
+    options: &RunOptions,
+    engine: &EngineConfig,
+    output: &Output,
+) -> anyhow::Result<impl Iterator<Item = Result<Context, BadInput>> + Send + use<>> {
     let retriever = match &options.retrieval.corpus_path {
         Some(_) => {
             let tokenizer = engine.model_path.join("tokenizer.json");
-            Some(Retriever::open(&options.retrieval, Some(&tokenizer))?)
+            Some(Arc::new(Retriever::open(&options.retrieval, Some(&tokenizer))?))
         }
         None => None,
     };
@@ -73,8 +79,8 @@ fn intake(options: &RunOptions, engine: &EngineConfig, output: &Output) -> anyho
         let lines = answered.len();
         tracing::info!("{lines} lines are already in {}", options.output_file.display());
     }
-    let intake = Intake::open(&options.source, retriever, move |id| answered.contains(id))?;
-    Ok(intake)
+    let skip = move |id: &JobId| answered.contains(id);
+    Ok(producer::contexts(&options.source, retriever, skip)?)
 }
 
 /// What a run came to.
@@ -86,9 +92,9 @@ struct Done {
 /// Wires the roles together and waits until everything is written.
 async fn answer_all(
     options: &RunOptions,
-    engine: EngineConfig,
+    engine: &EngineConfig,
     template: JobTemplate,
-    intake: Intake,
+    contexts: impl Iterator<Item = Result<Context, BadInput>> + Send + 'static,
     (output, rejects): (&mut Output, &mut Rejects),
 ) -> anyhow::Result<Done> {
     let queues = Queues {
@@ -101,13 +107,18 @@ async fn answer_all(
     let (tell_total, total) = watch::channel(None);
     let workers = start_workers(options, engine, &queues, &shutdown);
     let mut progress = Progress::start(total);
-    let counter = intake.counter();
-    tokio::task::spawn_blocking(move || tell_total.send_replace(counter.count()));
+    let (source, num_answered) = (options.source.clone(), output.answered().len() as u64);
+    tokio::task::spawn_blocking(move || {
+        // Without a total there is no time left to tell, and nothing else is lost.
+        let total = producer::count(&source).ok();
+        tell_total.send_replace(total.map(|total| total.saturating_sub(num_answered)));
+    });
 
     let producing = async {
         let queues = (&queues.jobs, &queues.outcomes);
-        let mut report = |bad: &producer::BadInput| rejects.add(bad);
-        let published = producer::publish(intake, &template, queues, &shutdown, &mut report).await;
+        let mut report = |bad: &BadInput| rejects.add(bad);
+        let published =
+            producer::publish(contexts, &template, queues, &shutdown, &mut report).await;
         match &published {
             // An end that was told already, by a shutdown, stays.
             Ok(published) => drop(tell_end.send_if_modified(|end| {
@@ -129,6 +140,9 @@ async fn answer_all(
     let (published, collected, supervised) = tokio::join!(producing, collecting, supervising);
     let (report, elapsed) = progress.finish();
     telemetry::print(&report.statistics(elapsed).to_string())?;
+    if let Some(path) = &options.statistics_file {
+        Statistics::of(&report, elapsed).write(path)?;
+    }
     collected?;
     supervised?;
     Ok(Done { published: published?, interrupted: interruption.is_cancelled() })
@@ -138,17 +152,14 @@ type Workers = JoinSet<Result<(), gpu_worker::Error>>;
 
 fn start_workers(
     options: &RunOptions,
-    engine: EngineConfig,
+    engine: &EngineConfig,
     queues: &Queues,
     shutdown: &CancellationToken,
 ) -> Workers {
     let mut workers = JoinSet::new();
     for rank in 0..options.workers {
-        let config = gpu_worker::Config {
-            rank,
-            engine: engine.clone(),
-            max_attempts: options.max_attempts,
-        };
+        let config =
+            gpu_worker::Config { rank, engine: engine.clone(), max_attempts: options.max_attempts };
         let queues = queues.clone();
         let shutdown = shutdown.clone();
         workers.spawn(async move {
@@ -226,16 +237,18 @@ impl Done {
     fn tell(&self, options: &RunOptions, output: &Output) {
         let path = options.output_file.display();
         let (lines, failed) = (output.answered().len(), output.num_failed());
-        let Published { repeated, rejected, .. } = self.published;
-        if repeated > 0 {
-            tracing::warn!("{repeated} queries were exact repeats of earlier ones and were left out");
-        }
+        let rejected = self.published.rejected;
         if rejected > 0 {
             let report = Rejects::path(&options.output_file);
-            tracing::warn!("{rejected} entries of the input have no line; see {}", report.display());
+            tracing::warn!(
+                "{rejected} entries of the input have no line; see {}",
+                report.display()
+            );
         }
         if self.interrupted {
-            tracing::warn!("interrupted: {path} has {lines} lines, {failed} of them failed; the same command goes on");
+            tracing::warn!(
+                "interrupted: {path} has {lines} lines, {failed} of them failed; the same command goes on"
+            );
         } else {
             tracing::info!("{path} has {lines} lines, {failed} of them failed");
         }

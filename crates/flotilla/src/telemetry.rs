@@ -12,13 +12,15 @@ static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 
 /// Starts logging: warnings and what `FLOTILLA_LOG` asks for, every job with `verbose`.
 pub(crate) fn init(verbose: bool) {
-    let default = if verbose { "flotilla=debug,producer=debug" } else { "warn" };
-    let own = |level: &str| {
-        ["flotilla", "flotilla_producer", "flotilla_gpu_worker", "flotilla_collector", "flotilla_engine"]
-            .map(|name| format!("{name}={level}"))
-            .join(",")
-    };
-    let default = if verbose { format!("warn,{}", own("debug")) } else { format!("{default},{}", own("info")) };
+    let level = if verbose { "debug" } else { "info" };
+    let own = ["flotilla", "producer", "gpu_worker", "collector", "engine"].map(|name| {
+        if name == "flotilla" {
+            format!("{name}={level}")
+        } else {
+            format!("flotilla_{name}={level}")
+        }
+    });
+    let default = format!("warn,{}", own.join(","));
     let filter = EnvFilter::builder()
         .with_env_var("FLOTILLA_LOG")
         .try_from_env()

@@ -62,7 +62,7 @@ pub async fn run<J: Queue<Job>, O: Queue<Settled>>(
     jobs: J,
     outcomes: O,
     shutdown: CancellationToken,
-    ready: impl FnOnce(&str),
+    ready: impl FnOnce(&str) + Send,
 ) -> Result<(), Error> {
     let mut engine = EngineThread::start(config.engine.clone()).await?;
     ready(engine.model_name());

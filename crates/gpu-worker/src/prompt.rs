@@ -26,11 +26,7 @@ pub(crate) struct Rendered {
 /// The context is cut, at the end of a line if one fits, so that `max_new_tokens` or a quarter of
 /// the window, whichever is less, stays free for the answer. What surrounds the context is never
 /// cut.
-pub(crate) fn render(
-    format: &PromptFormat,
-    job: &Job,
-    window: usize,
-) -> Result<Rendered, String> {
+pub(crate) fn render(format: &PromptFormat, job: &Job, window: usize) -> Result<Rendered, String> {
     let prompt = Prompt { format, job, template: template(format, job)? };
     let room = window - (job.generation.max_new_tokens as usize).min(window / MAX_ANSWER_SHARE);
     let context = &job.context.context;

@@ -88,7 +88,9 @@ pub async fn publish<J: Queue<Job>, O: Queue<Settled>>(
     let mut published = Published::default();
     loop {
         let publishing = async {
-            let Some(next) = inbox.recv().await else { return Ok(false) };
+            let Some(next) = inbox.recv().await else {
+                return Ok(false);
+            };
             match next.or_else(BadInput::into_context) {
                 Ok(context) if context.success => {
                     jobs.publish(template.job(context)).await?;

@@ -130,17 +130,8 @@ impl Context {
 
     /// The context of a query that could not be read or retrieved for; its job fails with `error`.
     pub fn failed(id: JobId, query: String, error: String) -> Self {
-        let query = Query {
-            id,
-            query,
-            target_api: None,
-            dependencies: Dependencies::new(),
-        };
-        Self {
-            success: false,
-            error: Some(error),
-            ..Self::empty(query)
-        }
+        let query = Query { id, query, target_api: None, dependencies: Dependencies::new() };
+        Self { success: false, error: Some(error), ..Self::empty(query) }
     }
 }
 
@@ -167,9 +158,7 @@ pub struct Generation {
 pub fn job_seed(run_seed: u64, id: &JobId) -> u64 {
     let digest = truncated_sha256(&[&run_seed.to_le_bytes(), id.0.as_bytes()]);
     let (head, _) = digest.split_at(8);
-    head.iter()
-        .fold(0_u64, |seed, &byte| seed << 8 | u64::from(byte))
-        >> 1
+    head.iter().fold(0_u64, |seed, &byte| seed << 8 | u64::from(byte)) >> 1
 }
 
 /// What a worker is asked to do: answer one query.

@@ -62,7 +62,7 @@ pub trait Queue<T: Message>: Clone + Send + Sync + 'static {
 /// A message received and not yet settled. Exactly one of [`ack`](Delivery::ack),
 /// [`retry`](Delivery::retry) and [`reject`](Delivery::reject) settles it; one that is dropped is
 /// delivered again when its lease runs out.
-pub trait Delivery<T: Message>: Send + 'static {
+pub trait Delivery<T: Message>: Send + Sync + 'static {
     /// The message.
     fn message(&self) -> &T;
 

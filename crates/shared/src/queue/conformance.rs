@@ -28,12 +28,8 @@ pub trait Harness {
 pub fn job(id: &str) -> Job {
     let id = JobId(id.to_owned());
     let seed = job_seed(0, &id);
-    let query = Query {
-        id,
-        query: "why?".into(),
-        target_api: None,
-        dependencies: Dependencies::new(),
-    };
+    let query =
+        Query { id, query: "why?".into(), target_api: None, dependencies: Dependencies::new() };
     Job {
         version: WIRE_VERSION,
         run: RunId("run".into()),
@@ -78,10 +74,7 @@ async fn pull_one<Q: Queue<Job>>(queue: &Q) -> Q::Delivery {
 }
 
 async fn assert_drained<Q: Queue<Job>>(queue: &Q) {
-    assert!(
-        queue.pull(1, SHORT).await.unwrap().is_empty(),
-        "expected an empty queue"
-    );
+    assert!(queue.pull(1, SHORT).await.unwrap().is_empty(), "expected an empty queue");
 }
 
 async fn delivers_in_order_and_forgets_what_is_acked<H: Harness>(harness: &H) {
@@ -144,10 +137,7 @@ async fn kept_alive_delivery_does_not_come_again<H: Harness>(harness: &H) {
     let delivery = pull_one(&queue).await;
     let third = delivery.lease() / 3;
     for _ in 0..6 {
-        assert!(
-            queue.pull(1, third).await.unwrap().is_empty(),
-            "delivered to two holders"
-        );
+        assert!(queue.pull(1, third).await.unwrap().is_empty(), "delivered to two holders");
         delivery.keep_alive().await.unwrap();
     }
     delivery.ack().await.unwrap();
@@ -180,11 +170,7 @@ async fn rejected_message_becomes_a_dead_letter<H: Harness>(harness: &H) {
     let queue = harness.queue(10).await;
     queue.publish(job("bad")).await.unwrap();
     pull_one(&queue).await.retry(Duration::ZERO).await.unwrap();
-    pull_one(&queue)
-        .await
-        .reject("no such model".into())
-        .await
-        .unwrap();
+    pull_one(&queue).await.reject("no such model".into()).await.unwrap();
     assert_drained(&queue).await;
     let dead = harness.dead_letters(&queue).await;
     assert_eq!(dead, [(job("bad"), "no such model".to_owned(), 2)]);
@@ -198,10 +184,7 @@ async fn publish_waits_while_the_queue_is_full<H: Harness>(harness: &H) {
     assert!(full.is_err(), "a full queue took another message");
     let first = pull_one(&queue).await;
     let still_full = tokio::time::timeout(SHORT * 4, queue.publish(job("c"))).await;
-    assert!(
-        still_full.is_err(),
-        "a delivered message counts until it is settled"
-    );
+    assert!(still_full.is_err(), "a delivered message counts until it is settled");
     let (published, acked) = tokio::join!(queue.publish(job("c")), first.ack());
     published.unwrap();
     acked.unwrap();

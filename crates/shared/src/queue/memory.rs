@@ -33,9 +33,7 @@ pub struct MemoryQueue<T> {
 
 impl<T> Clone for MemoryQueue<T> {
     fn clone(&self) -> Self {
-        Self {
-            inner: Arc::clone(&self.inner),
-        }
+        Self { inner: Arc::clone(&self.inner) }
     }
 }
 
@@ -178,11 +176,7 @@ impl<T: Message> Queue<T> for MemoryQueue<T> {
                 }
                 if state.ids.len() < self.inner.capacity {
                     state.ids.insert(message_id.clone());
-                    state.ready.push_back(Entry {
-                        message,
-                        message_id,
-                        attempts: 0,
-                    });
+                    state.ready.push_back(Entry { message, message_id, attempts: 0 });
                     break;
                 }
             }
@@ -204,10 +198,7 @@ impl<T: Message> Queue<T> for MemoryQueue<T> {
                 let count = max.min(state.ready.len());
                 if count > 0 {
                     let entries: Vec<_> = state.ready.drain(..count).collect();
-                    return Ok(entries
-                        .into_iter()
-                        .map(|e| self.deliver(&mut state, e))
-                        .collect());
+                    return Ok(entries.into_iter().map(|e| self.deliver(&mut state, e)).collect());
                 }
                 state.next_due().map_or(deadline, |due| due.min(deadline))
             };
@@ -230,9 +221,7 @@ impl<T: Message> MemoryQueue<T> {
             message: entry.message.clone(),
             attempt: entry.attempts,
         };
-        state
-            .leased
-            .insert(number, (Instant::now() + self.inner.lease, entry));
+        state.leased.insert(number, (Instant::now() + self.inner.lease, entry));
         delivery
     }
 }
@@ -266,34 +255,23 @@ impl<T: Message> Delivery<T> for MemoryDelivery<T> {
 
     async fn keep_alive(&self) -> Result<(), QueueError> {
         let mut state = self.queue.lock();
-        let (deadline, _) = state
-            .leased
-            .get_mut(&self.number)
-            .ok_or_else(|| self.expired())?;
+        let (deadline, _) = state.leased.get_mut(&self.number).ok_or_else(|| self.expired())?;
         *deadline = Instant::now() + self.queue.lease;
         Ok(())
     }
 
     async fn ack(self) -> Result<(), QueueError> {
-        let entry = self
-            .queue
-            .settle(self.number)
-            .ok_or_else(|| self.expired())?;
+        let entry = self.queue.settle(self.number).ok_or_else(|| self.expired())?;
         self.queue.forget(&entry.message_id);
         Ok(())
     }
 
     async fn retry(self, delay: Duration) -> Result<(), QueueError> {
-        let entry = self
-            .queue
-            .settle(self.number)
-            .ok_or_else(|| self.expired())?;
+        let entry = self.queue.settle(self.number).ok_or_else(|| self.expired())?;
         {
             let mut state = self.queue.lock();
             let number = state.number();
-            state
-                .delayed
-                .insert((Instant::now() + delay, number), entry);
+            state.delayed.insert((Instant::now() + delay, number), entry);
         }
         // Pullers sleep until the earliest moment they knew of: this one may be earlier.
         self.queue.arrived.notify_waiters();
@@ -301,10 +279,7 @@ impl<T: Message> Delivery<T> for MemoryDelivery<T> {
     }
 
     async fn reject(self, reason: String) -> Result<(), QueueError> {
-        let entry = self
-            .queue
-            .settle(self.number)
-            .ok_or_else(|| self.expired())?;
+        let entry = self.queue.settle(self.number).ok_or_else(|| self.expired())?;
         {
             let mut state = self.queue.lock();
             if state.dead.len() == MAX_DEAD_LETTERS {
@@ -339,11 +314,7 @@ mod tests {
         }
 
         async fn dead_letters(&self, queue: &Self::Queue) -> Vec<(Job, String, u32)> {
-            queue
-                .dead_letters()
-                .into_iter()
-                .map(|d| (d.message, d.reason, d.attempts))
-                .collect()
+            queue.dead_letters().into_iter().map(|d| (d.message, d.reason, d.attempts)).collect()
         }
     }
 
@@ -357,10 +328,7 @@ mod tests {
     async fn dead_letters_are_bounded() {
         let queue = MemoryQueue::new(1, LEASE);
         for number in 0..MAX_DEAD_LETTERS + 5 {
-            queue
-                .publish(conformance::job(&format!("{number}")))
-                .await
-                .unwrap();
+            queue.publish(conformance::job(&format!("{number}"))).await.unwrap();
             let mut pulled = queue.pull(1, LEASE).await.unwrap();
             pulled.remove(0).reject("bad".into()).await.unwrap();
         }
