@@ -43,17 +43,8 @@ fn main() {
     let threads = threads.unwrap_or_else(|| {
         std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
     });
-    let models = [
-        ("small", SMALL),
-        ("large", LARGE),
-        (
-            "large, bf16",
-            Shape {
-                bf16: true,
-                ..LARGE
-            },
-        ),
-    ];
+    let models =
+        [("small", SMALL), ("large", LARGE), ("large, bf16", Shape { bf16: true, ..LARGE })];
     for (name, shape) in models {
         measure(name, shape, threads);
     }
@@ -62,10 +53,7 @@ fn main() {
 fn measure(name: &str, shape: Shape, threads: usize) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let num_parameters = shape.write(folder.path(), 1);
-    let options = RunnerOptions {
-        threads,
-        max_num_batched_tokens: MAX_TOKENS,
-    };
+    let options = RunnerOptions { threads, max_num_batched_tokens: MAX_TOKENS };
     let start = Instant::now();
     let mut runner = Runner::load(folder.path(), &options).expect("the model just written");
     println!(
@@ -78,21 +66,11 @@ fn measure(name: &str, shape: Shape, threads: usize) {
     let macs = num_parameters - shape.vocab_size * shape.hidden_size;
     for batch in [1, 8, 32, 64] {
         let time = best(|| runner_step(&mut runner, batch, 200, 1), 20);
-        report(
-            &format!("decode, batch {batch}, context 200"),
-            batch,
-            macs,
-            time,
-        );
+        report(&format!("decode, batch {batch}, context 200"), batch, macs, time);
     }
     for (sequences, len) in [(1, 128), (4, 512), (1, 2048)] {
         let time = best(|| runner_step(&mut runner, sequences, 0, len), 3);
-        report(
-            &format!("prefill, {sequences} x {len}"),
-            sequences * len,
-            macs,
-            time,
-        );
+        report(&format!("prefill, {sequences} x {len}"), sequences * len, macs, time);
     }
 }
 
@@ -128,9 +106,7 @@ fn runner_step(runner: &mut Runner, num_sequences: usize, computed: usize, sched
             .map(|sequence| SequenceInput {
                 num_scheduled_tokens: scheduled,
                 num_computed_tokens: computed,
-                block_table: (sequence * blocks..(sequence + 1) * blocks)
-                    .map(BlockId)
-                    .collect(),
+                block_table: (sequence * blocks..(sequence + 1) * blocks).map(BlockId).collect(),
                 wants_logits: true,
             })
             .collect(),

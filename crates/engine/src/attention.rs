@@ -75,12 +75,7 @@ impl Attention {
     /// Attention on so many threads.
     pub(crate) fn new(num_threads: usize) -> Self {
         let scratch = (0..num_threads).map(|_| Mutex::default()).collect();
-        Self {
-            tokens: Vec::new(),
-            pieces: Vec::new(),
-            work: 0,
-            scratch,
-        }
+        Self { tokens: Vec::new(), pieces: Vec::new(), work: 0, scratch }
     }
 
     /// Lays out the step; before the first layer.
@@ -98,13 +93,12 @@ impl Attention {
                 block: sequence.block_table[position / BLOCK_SIZE],
                 offset: position % BLOCK_SIZE,
             }));
-            self.pieces
-                .extend((first..end).step_by(piece_tokens).map(|position| Piece {
-                    sequence: index,
-                    first_token: first_token + position - first,
-                    num_tokens: piece_tokens.min(end - position),
-                    first_position: position,
-                }));
+            self.pieces.extend((first..end).step_by(piece_tokens).map(|position| Piece {
+                sequence: index,
+                first_token: first_token + position - first,
+                num_tokens: piece_tokens.min(end - position),
+                first_position: position,
+            }));
             self.work += (end - first) * (first + end) * config.query_width();
         }
     }
@@ -113,25 +107,16 @@ impl Attention {
     pub(crate) fn write(&self, cpu: &Cpu, layer: LayerInput<'_>, cache: &mut LayerCache) {
         let tokens = &self.tokens;
         let write = |head: usize, cache: &mut HeadMut<'_>| {
-            cpu.simd.run(Write {
-                layer,
-                tokens,
-                head,
-                cache,
-            });
+            cpu.simd.run(Write { layer, tokens, head, cache });
         };
         if tokens.len() < MIN_SHARED_WRITES {
-            cache
-                .heads_mut()
-                .enumerate()
-                .for_each(|(head, mut cache)| write(head, &mut cache));
+            cache.heads_mut().enumerate().for_each(|(head, mut cache)| write(head, &mut cache));
             return;
         }
         let mut heads: Vec<_> = cache.heads_mut().collect();
-        cpu.threads
-            .share_chunks(&mut heads, 1, |head, (): &mut (), cache| {
-                write(head, &mut cache[0]);
-            });
+        cpu.threads.share_chunks(&mut heads, 1, |head, (): &mut (), cache| {
+            write(head, &mut cache[0]);
+        });
     }
 
     /// Attends from every token of the step: `out` is `(num_tokens, num_heads * head_dim)`.
@@ -143,25 +128,24 @@ impl Attention {
         out: SharedRows<'_>,
     ) {
         let num_kv_heads = layer.config.num_key_value_heads;
-        cpu.threads
-            .share(self.pieces.len() * num_kv_heads, self.work, |index| {
-                let piece = self.pieces[index / num_kv_heads];
-                let scratch = &self.scratch[cpu.threads.current()];
-                // A thread that panicked leaves nothing in its scratch that is read again.
-                let mut scratch = scratch.lock().unwrap_or_else(PoisonError::into_inner);
-                cpu.simd.run(Attend {
-                    layer,
-                    piece,
+        cpu.threads.share(self.pieces.len() * num_kv_heads, self.work, |index| {
+            let piece = self.pieces[index / num_kv_heads];
+            let scratch = &self.scratch[cpu.threads.current()];
+            // A thread that panicked leaves nothing in its scratch that is read again.
+            let mut scratch = scratch.lock().unwrap_or_else(PoisonError::into_inner);
+            cpu.simd.run(Attend {
+                layer,
+                piece,
+                head: index % num_kv_heads,
+                blocks: Blocks {
+                    cache,
                     head: index % num_kv_heads,
-                    blocks: Blocks {
-                        cache,
-                        head: index % num_kv_heads,
-                        table: &input.sequences[piece.sequence].block_table,
-                    },
-                    scratch: &mut scratch,
-                    out,
-                });
+                    table: &input.sequences[piece.sequence].block_table,
+                },
+                scratch: &mut scratch,
+                out,
             });
+        });
     }
 }
 
@@ -176,12 +160,7 @@ struct Write<'a, 'b> {
 impl Kernel for Write<'_, '_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let LayerInput {
-            config,
-            rope,
-            qk_norm,
-            qkv,
-        } = self.layer;
+        let LayerInput { config, rope, qk_norm, qkv } = self.layer;
         let dim = config.head_dim;
         let key_column = config.query_width() + self.head * dim;
         let mut key = [0.0; MAX_STACK_DIM];
@@ -256,9 +235,7 @@ impl Operand for Values<'_> {
 
     #[inline(always)]
     fn segment(&self, panel: usize, segment: usize) -> &[Lanes] {
-        self.blocks
-            .cache
-            .values(self.blocks.head, self.blocks.table[segment], panel)
+        self.blocks.cache.values(self.blocks.head, self.blocks.table[segment], panel)
     }
 }
 
@@ -275,18 +252,10 @@ struct Attend<'a> {
 impl Kernel for Attend<'_> {
     /// Queries are rows, those of a token's heads side by side: `(num_tokens, heads_per_kv_head)`.
     #[inline(always)]
-    #[expect(
-        unsafe_code,
-        reason = "several threads write disjoint heads of the same rows"
-    )]
+    #[expect(unsafe_code, reason = "several threads write disjoint heads of the same rows")]
     fn run<V: Vector>(self) {
         let LayerInput { config, .. } = self.layer;
-        let Piece {
-            first_token,
-            num_tokens,
-            first_position,
-            ..
-        } = self.piece;
+        let Piece { first_token, num_tokens, first_position, .. } = self.piece;
         let (dim, group) = (config.head_dim, config.heads_per_kv_head());
         let num_queries = num_tokens * group;
         let num_blocks = (first_position + num_tokens).div_ceil(BLOCK_SIZE);
@@ -296,17 +265,9 @@ impl Kernel for Attend<'_> {
         grow(&mut self.scratch.queries, num_queries * query_stride);
         grow(&mut self.scratch.scores, num_queries * score_stride);
         grow(&mut self.scratch.sums, num_queries * query_stride);
-        let Scratch {
-            queries,
-            scores,
-            sums,
-        } = self.scratch;
+        let Scratch { queries, scores, sums } = self.scratch;
 
-        for (row, query) in queries
-            .chunks_exact_mut(query_stride)
-            .take(num_queries)
-            .enumerate()
-        {
+        for (row, query) in queries.chunks_exact_mut(query_stride).take(num_queries).enumerate() {
             let column = (self.head * group + row % group) * dim;
             let position = first_position + row / group;
             let projected = self.layer.qkv.slice(first_token + row / group, column, dim);
@@ -334,10 +295,7 @@ impl Kernel for Attend<'_> {
         Product {
             x: Rows::new(scores, score_stride),
             rows: 0..num_queries,
-            w: Values {
-                blocks: self.blocks,
-                num_blocks: common_blocks,
-            },
+            w: Values { blocks: self.blocks, num_blocks: common_blocks },
             panels: 0..padded_dim / LANES,
             out: SharedRows::new(sums, padded_dim, query_stride),
             finish: Finish::Store,
@@ -425,11 +383,7 @@ mod tests {
                     let pair = i % (dim / 2);
                     let (a, b) = (f64::from(x[pair]), f64::from(x[pair + dim / 2]));
                     let (cos, sin) = (f64::from(cos[pair]), f64::from(sin[pair]));
-                    if i < dim / 2 {
-                        a * cos - b * sin
-                    } else {
-                        b * cos + a * sin
-                    }
+                    if i < dim / 2 { a * cos - b * sin } else { b * cos + a * sin }
                 })
                 .collect()
         };
@@ -474,19 +428,11 @@ mod tests {
                     wants_logits: false,
                 }],
             };
-            let cpu = Cpu {
-                simd: Simd::detect(),
-                threads: Threads::new(1).unwrap(),
-            };
+            let cpu = Cpu { simd: Simd::detect(), threads: Threads::new(1).unwrap() };
             let mut cache = KvCache::new(&config, 7).unwrap();
             let mut attention = Attention::new(1);
             let mut out = Activations::new(NUM_TOKENS, config.query_width());
-            let layer = LayerInput {
-                config: &config,
-                rope: &rope,
-                qk_norm: None,
-                qkv: qkv.rows(),
-            };
+            let layer = LayerInput { config: &config, rope: &rope, qk_norm: None, qkv: qkv.rows() };
             attention.plan(&config, &input);
             attention.write(&cpu, layer, cache.layer_mut(0));
             attention.attend(&cpu, layer, (&input, cache.layer_mut(0)), out.shared());

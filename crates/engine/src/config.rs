@@ -76,16 +76,12 @@ impl ModelConfig {
     pub fn parse(text: &str) -> Result<Self, Error> {
         let object: Map<String, Value> = serde_json::from_str(text)
             .map_err(|error| Error::Model(format!("not a JSON object: {error}")))?;
-        let fields = Fields {
-            object: &object,
-            prefix: "",
-        };
+        let fields = Fields { object: &object, prefix: "" };
         check_supported(&fields)?;
         let hidden_size = fields.dimension("hidden_size")?;
         let num_attention_heads = fields.dimension("num_attention_heads")?;
-        let num_key_value_heads = fields
-            .optional_dimension("num_key_value_heads")?
-            .unwrap_or(num_attention_heads);
+        let num_key_value_heads =
+            fields.optional_dimension("num_key_value_heads")?.unwrap_or(num_attention_heads);
         let head_dim = head_dim(&fields, hidden_size, num_attention_heads)?;
         if !num_attention_heads.is_multiple_of(num_key_value_heads) {
             return Err(Error::Model(format!(
@@ -142,9 +138,7 @@ impl ModelConfig {
 
 fn check_supported(fields: &Fields<'_>) -> Result<(), Error> {
     let architectures = fields.object.get("architectures").and_then(Value::as_array);
-    let architecture = architectures
-        .and_then(|list| list.first())
-        .and_then(Value::as_str);
+    let architecture = architectures.and_then(|list| list.first()).and_then(Value::as_str);
     let model_type = fields.object.get("model_type").and_then(Value::as_str);
     match (architecture, model_type) {
         (Some("LlamaForCausalLM"), _) | (None, Some("llama")) => {}
@@ -168,14 +162,8 @@ fn check_supported(fields: &Fields<'_>) -> Result<(), Error> {
             )));
         }
     }
-    if fields
-        .object
-        .get("quantization_config")
-        .is_some_and(|value| !value.is_null())
-    {
-        return Err(Error::Model(
-            "quantized checkpoints are not supported".into(),
-        ));
+    if fields.object.get("quantization_config").is_some_and(|value| !value.is_null()) {
+        return Err(Error::Model("quantized checkpoints are not supported".into()));
     }
     Ok(())
 }
@@ -191,9 +179,7 @@ fn head_dim(fields: &Fields<'_>, hidden_size: usize, num_heads: usize) -> Result
         }
     };
     if !head_dim.is_multiple_of(2) {
-        return Err(Error::Model(format!(
-            "head_dim is {head_dim}, expected an even number"
-        )));
+        return Err(Error::Model(format!("head_dim is {head_dim}, expected an even number")));
     }
     Ok(head_dim)
 }
@@ -202,30 +188,23 @@ fn head_dim(fields: &Fields<'_>, hidden_size: usize, num_heads: usize) -> Result
 fn rope(fields: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<Rope, Error> {
     let empty = Map::new();
     let top_theta = fields.optional_positive("rope_theta")?;
-    let (object, prefix) = match (
-        fields.object.get("rope_parameters"),
-        fields.object.get("rope_scaling"),
-    ) {
-        (Some(Value::Object(object)), _) => (object, "rope_parameters."),
-        (None | Some(Value::Null), Some(Value::Object(object))) => (object, "rope_scaling."),
-        (None | Some(Value::Null), None | Some(Value::Null)) => (&empty, ""),
-        _ => {
-            return Err(Error::Model(
-                "rope_parameters or rope_scaling is not an object".into(),
-            ));
-        }
-    };
+    let (object, prefix) =
+        match (fields.object.get("rope_parameters"), fields.object.get("rope_scaling")) {
+            (Some(Value::Object(object)), _) => (object, "rope_parameters."),
+            (None | Some(Value::Null), Some(Value::Object(object))) => (object, "rope_scaling."),
+            (None | Some(Value::Null), None | Some(Value::Null)) => (&empty, ""),
+            _ => {
+                return Err(Error::Model(
+                    "rope_parameters or rope_scaling is not an object".into(),
+                ));
+            }
+        };
     let scaling = Fields { object, prefix };
-    let theta = scaling
-        .optional_positive("rope_theta")?
-        .or(top_theta)
-        .unwrap_or(10_000.0);
+    let theta = scaling.optional_positive("rope_theta")?.or(top_theta).unwrap_or(10_000.0);
     for (holder, fields) in [("", fields), (prefix, &scaling)] {
         let partial = fields.optional_positive("partial_rotary_factor")?;
         if partial.is_some_and(|factor| factor != 1.0) {
-            return Err(Error::Model(format!(
-                "{holder}partial_rotary_factor is not supported"
-            )));
+            return Err(Error::Model(format!("{holder}partial_rotary_factor is not supported")));
         }
     }
     let name = object.get("rope_type").or_else(|| object.get("type"));
@@ -233,9 +212,7 @@ fn rope(fields: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<Ro
         None | Some(Value::Null) => "default",
         Some(Value::String(name)) => name,
         Some(other) => {
-            return Err(Error::Model(format!(
-                "{prefix}rope_type is {other}, expected a string"
-            )));
+            return Err(Error::Model(format!("{prefix}rope_type is {other}, expected a string")));
         }
     };
     let original = scaling
@@ -244,9 +221,7 @@ fn rope(fields: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<Ro
     let scaling = match name {
         // The dynamic kind changes nothing before `max_position_embeddings`, and no sequence goes beyond.
         "default" | "dynamic" => RopeScaling::None,
-        "linear" => RopeScaling::Linear {
-            factor: scaling.positive("factor")?,
-        },
+        "linear" => RopeScaling::Linear { factor: scaling.positive("factor")? },
         "llama3" => RopeScaling::Llama3 {
             factor: scaling.positive("factor")?,
             low_freq_factor: scaling.positive("low_freq_factor")?,
@@ -260,21 +235,13 @@ fn rope(fields: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<Ro
             )));
         }
     };
-    Ok(Rope {
-        dim: head_dim,
-        theta,
-        scaling,
-    })
+    Ok(Rope { dim: head_dim, theta, scaling })
 }
 
 fn yarn(fields: &Fields<'_>, original_max_positions: usize) -> Result<RopeScaling, Error> {
     let factor = fields.positive("factor")?;
     let mscale = |scale: f64| {
-        if factor <= 1.0 {
-            1.0
-        } else {
-            0.1 * scale * factor.ln() + 1.0
-        }
+        if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
     };
     let attention_factor = match (
         fields.optional_positive("attention_factor")?,
@@ -303,10 +270,7 @@ struct Fields<'a> {
 
 impl Fields<'_> {
     fn wrong(&self, name: &str, value: &Value, expected: &str) -> Error {
-        Error::Model(format!(
-            "{}{name} is {value}, expected {expected}",
-            self.prefix
-        ))
+        Error::Model(format!("{}{name} is {value}, expected {expected}", self.prefix))
     }
 
     fn get(&self, name: &str) -> Option<&Value> {
@@ -319,17 +283,12 @@ impl Fields<'_> {
         };
         match value.as_u64().and_then(|value| usize::try_from(value).ok()) {
             Some(number) if (1..=MAX_DIMENSION).contains(&number) => Ok(Some(number)),
-            _ => Err(self.wrong(
-                name,
-                value,
-                &format!("an integer from 1 to {MAX_DIMENSION}"),
-            )),
+            _ => Err(self.wrong(name, value, &format!("an integer from 1 to {MAX_DIMENSION}"))),
         }
     }
 
     fn dimension(&self, name: &str) -> Result<usize, Error> {
-        self.optional_dimension(name)?
-            .ok_or_else(|| self.missing(name))
+        self.optional_dimension(name)?.ok_or_else(|| self.missing(name))
     }
 
     fn optional_positive(&self, name: &str) -> Result<Option<f64>, Error> {
@@ -343,17 +302,14 @@ impl Fields<'_> {
     }
 
     fn positive(&self, name: &str) -> Result<f64, Error> {
-        self.optional_positive(name)?
-            .ok_or_else(|| self.missing(name))
+        self.optional_positive(name)?.ok_or_else(|| self.missing(name))
     }
 
     fn boolean(&self, name: &str, default: bool) -> Result<bool, Error> {
         let Some(value) = self.get(name) else {
             return Ok(default);
         };
-        value
-            .as_bool()
-            .ok_or_else(|| self.wrong(name, value, "true or false"))
+        value.as_bool().ok_or_else(|| self.wrong(name, value, "true or false"))
     }
 
     /// One token, several or none.
@@ -401,14 +357,7 @@ mod tests {
     fn left_out_fields_have_their_defaults() {
         let config = with(serde_json::json!({})).unwrap();
         assert_eq!((config.num_key_value_heads, config.head_dim), (4, 16));
-        assert_eq!(
-            config.rope,
-            Rope {
-                dim: 16,
-                theta: 10_000.0,
-                scaling: RopeScaling::None
-            }
-        );
+        assert_eq!(config.rope, Rope { dim: 16, theta: 10_000.0, scaling: RopeScaling::None });
         assert_eq!(config.eos_token_ids, [2]);
         assert!(!config.tie_word_embeddings && !config.qkv_bias);
     }
@@ -439,50 +388,27 @@ mod tests {
             ),
             (serde_json::json!({"hidden_act": "gelu"}), "hidden_act"),
             (serde_json::json!({"hidden_size": 63}), "not a multiple"),
-            (
-                serde_json::json!({"hidden_size": "64"}),
-                "hidden_size is \"64\"",
-            ),
-            (
-                serde_json::json!({"hidden_size": null}),
-                "hidden_size is missing",
-            ),
+            (serde_json::json!({"hidden_size": "64"}), "hidden_size is \"64\""),
+            (serde_json::json!({"hidden_size": null}), "hidden_size is missing"),
             (serde_json::json!({"vocab_size": 0}), "vocab_size is 0"),
             (serde_json::json!({"vocab_size": 1e18}), "vocab_size"),
-            (
-                serde_json::json!({"num_hidden_layers": 100_000}),
-                "num_hidden_layers",
-            ),
-            (
-                serde_json::json!({"num_key_value_heads": 3}),
-                "num_key_value_heads",
-            ),
+            (serde_json::json!({"num_hidden_layers": 100_000}), "num_hidden_layers"),
+            (serde_json::json!({"num_key_value_heads": 3}), "num_key_value_heads"),
             (serde_json::json!({"head_dim": 15}), "even"),
             (serde_json::json!({"rms_norm_eps": -1}), "rms_norm_eps"),
-            (
-                serde_json::json!({"rope_scaling": {"rope_type": "longrope"}}),
-                "longrope",
-            ),
+            (serde_json::json!({"rope_scaling": {"rope_type": "longrope"}}), "longrope"),
             (
                 serde_json::json!({"rope_scaling": {"rope_type": "linear"}}),
                 "rope_scaling.factor is missing",
             ),
             (serde_json::json!({"rope_scaling": 4}), "not an object"),
             (serde_json::json!({"eos_token_id": "x"}), "eos_token_id"),
-            (
-                serde_json::json!({"quantization_config": {"bits": 4}}),
-                "quantized",
-            ),
+            (serde_json::json!({"quantization_config": {"bits": 4}}), "quantized"),
         ];
         for (changes, want) in cases {
             let error = with(changes.clone()).unwrap_err().to_string();
             assert!(error.contains(want), "{changes}: {error}");
         }
-        assert!(
-            ModelConfig::parse("[1]")
-                .unwrap_err()
-                .to_string()
-                .contains("JSON object")
-        );
+        assert!(ModelConfig::parse("[1]").unwrap_err().to_string().contains("JSON object"));
     }
 }

@@ -84,10 +84,7 @@ impl Simd {
     }
 
     /// Runs a kernel compiled for this instruction set.
-    #[expect(
-        unsafe_code,
-        reason = "calls into functions compiled for more than the baseline"
-    )]
+    #[expect(unsafe_code, reason = "calls into functions compiled for more than the baseline")]
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self.0 {
             // SAFETY: `available` makes this level only where avx512f, avx2 and fma were detected.

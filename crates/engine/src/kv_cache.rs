@@ -83,14 +83,8 @@ impl LayerCache {
         let head_dim = self.head_dim;
         let value_vectors = head_dim.next_multiple_of(LANES);
         let keys = self.keys.chunks_exact_mut(self.num_blocks * head_dim);
-        let values = self
-            .values
-            .chunks_exact_mut(self.num_blocks * value_vectors);
-        keys.zip(values).map(move |(keys, values)| HeadMut {
-            keys,
-            values,
-            head_dim,
-        })
+        let values = self.values.chunks_exact_mut(self.num_blocks * value_vectors);
+        keys.zip(values).map(move |(keys, values)| HeadMut { keys, values, head_dim })
     }
 
     /// Keys of a block: `(head_dim, BLOCK_SIZE)`.

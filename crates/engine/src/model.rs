@@ -42,8 +42,7 @@ struct Embedding {
 impl Embedding {
     fn look_up(&self, token: usize, out: &mut [f32]) {
         let row_bytes = out.len() * self.format.bytes();
-        self.format
-            .decode(&self.bytes[token * row_bytes..][..row_bytes], out);
+        self.format.decode(&self.bytes[token * row_bytes..][..row_bytes], out);
     }
 }
 
@@ -54,11 +53,7 @@ impl Model {
         checkpoint: &Checkpoint,
         threads: &Threads,
     ) -> Result<Self, Error> {
-        let loader = Loader {
-            config: &config,
-            checkpoint,
-            threads,
-        };
+        let loader = Loader { config: &config, checkpoint, threads };
         let vocabulary = [config.vocab_size, config.hidden_size];
         let embedding = checkpoint.tensor("model.embed_tokens.weight", &vocabulary)?;
         // A tied checkpoint may carry the output layer all the same; the embedding is the one that counts.
@@ -71,21 +66,9 @@ impl Model {
             .map(|layer| loader.layer(layer))
             .collect::<Result<_, _>>()?;
         let norm = loader.vector("model.norm.weight", config.hidden_size)?;
-        let output = Linear {
-            weight: loader.pack(&[output], config.hidden_size),
-            bias: None,
-        };
-        let embedding = Embedding {
-            bytes: embedding.bytes().to_vec(),
-            format: embedding.format(),
-        };
-        Ok(Self {
-            embedding,
-            layers,
-            norm,
-            output,
-            config,
-        })
+        let output = Linear { weight: loader.pack(&[output], config.hidden_size), bias: None };
+        let embedding = Embedding { bytes: embedding.bytes().to_vec(), format: embedding.format() };
+        Ok(Self { embedding, layers, norm, output, config })
     }
 
     /// What it looks like.
@@ -115,10 +98,7 @@ impl Loader<'_> {
         let attention_output = [(name("self_attn.o_proj"), hidden)];
         let qk_norm = if config.qk_norm {
             let vector = |part: &str| self.vector(&name(part), config.head_dim);
-            Some((
-                vector("self_attn.q_norm.weight")?,
-                vector("self_attn.k_norm.weight")?,
-            ))
+            Some((vector("self_attn.q_norm.weight")?, vector("self_attn.k_norm.weight")?))
         } else {
             None
         };
@@ -151,44 +131,34 @@ impl Loader<'_> {
         let weights: Vec<_> = parts
             .iter()
             .map(|(name, len)| {
-                self.checkpoint
-                    .tensor(&format!("{name}.weight"), &[*len, in_features])
+                self.checkpoint.tensor(&format!("{name}.weight"), &[*len, in_features])
             })
             .collect::<Result<_, _>>()?;
         let mut bias = None;
         for (name, len) in parts {
             let name = format!("{name}.bias");
             if has_bias {
-                bias.get_or_insert_with(Vec::new)
-                    .extend(self.vector(&name, *len)?);
+                bias.get_or_insert_with(Vec::new).extend(self.vector(&name, *len)?);
             } else if self.checkpoint.has(&name) {
                 return Err(Error::Model(format!(
                     "the checkpoint has the tensor {name}, but its config.json says there are no such biases"
                 )));
             }
         }
-        Ok(Linear {
-            weight: self.pack(&weights, in_features),
-            bias,
-        })
+        Ok(Linear { weight: self.pack(&weights, in_features), bias })
     }
 
     fn pack(&self, parts: &[Tensor<'_>], in_features: usize) -> PackedMatrix {
         let out_features = parts.iter().map(Tensor::num_rows).sum();
         let bf16 = parts.iter().all(|part| part.format() == Format::Bf16);
-        PackedMatrix::pack(
-            self.threads,
-            (out_features, in_features),
-            bf16,
-            |mut row, out| {
-                for part in parts {
-                    if row < part.num_rows() {
-                        part.decode_row(row, out);
-                        return;
-                    }
-                    row -= part.num_rows();
+        PackedMatrix::pack(self.threads, (out_features, in_features), bf16, |mut row, out| {
+            for part in parts {
+                if row < part.num_rows() {
+                    part.decode_row(row, out);
+                    return;
                 }
-            },
-        )
+                row -= part.num_rows();
+            }
+        })
     }
 }

@@ -54,11 +54,7 @@ impl<'a> Logits<'a> {
     /// # Panics
     /// If there are not so many rows.
     pub fn row(&self, row: usize) -> &'a [f32] {
-        assert!(
-            row < self.num_rows,
-            "row {row} of {} rows of logits",
-            self.num_rows
-        );
+        assert!(row < self.num_rows, "row {row} of {} rows of logits", self.num_rows);
         self.rows.row(row)
     }
 
@@ -89,17 +85,9 @@ impl Runner {
         let config = ModelConfig::load(model_path)?;
         let checkpoint = Checkpoint::open(model_path)?;
         let threads = Threads::new(options.threads)?;
-        let buffers = Buffers::new(
-            &config,
-            options.max_num_batched_tokens,
-            threads.num_threads(),
-        );
+        let buffers = Buffers::new(&config, options.max_num_batched_tokens, threads.num_threads());
         let model = Model::load(config, &checkpoint, &threads)?;
-        tracing::debug!(
-            instruction_set = simd.name(),
-            threads = options.threads,
-            "model loaded"
-        );
+        tracing::debug!(instruction_set = simd.name(), threads = options.threads, "model loaded");
         Ok(Self {
             model,
             cpu: Cpu { simd, threads },
@@ -133,14 +121,7 @@ impl Runner {
     /// Computes a step: keys and values of its tokens go to the cache, the wanted logits come back.
     pub fn forward(&mut self, input: &StepInput) -> Result<Logits<'_>, Error> {
         self.check(input)?;
-        let Self {
-            model,
-            cpu,
-            rope,
-            cache,
-            buffers,
-            ..
-        } = self;
+        let Self { model, cpu, rope, cache, buffers, .. } = self;
         let Some(cache) = cache else {
             return Err(Error::Input("the runner has no KV cache yet".into()));
         };
@@ -161,10 +142,8 @@ impl Runner {
                 self.max_num_batched_tokens
             )));
         }
-        if let Some(token) = input
-            .token_ids
-            .iter()
-            .find(|token| **token as usize >= config.vocab_size)
+        if let Some(token) =
+            input.token_ids.iter().find(|token| **token as usize >= config.vocab_size)
         {
             return Err(Error::Input(format!(
                 "the token {token} is outside of the model's vocabulary of {}",
@@ -173,9 +152,7 @@ impl Runner {
         }
         let mut num_scheduled = 0;
         for (index, sequence) in input.sequences.iter().enumerate() {
-            let end = sequence
-                .num_computed_tokens
-                .saturating_add(sequence.num_scheduled_tokens);
+            let end = sequence.num_computed_tokens.saturating_add(sequence.num_scheduled_tokens);
             num_scheduled += sequence.num_scheduled_tokens;
             let wrong =
                 |what: String| Err(Error::Input(format!("sequence {index} of the step {what}")));
@@ -184,9 +161,7 @@ impl Runner {
             }
             let most = config.max_position_embeddings.min(num_blocks * BLOCK_SIZE);
             if end > most {
-                return wrong(format!(
-                    "reaches {end} tokens, model and cache end at {most}"
-                ));
+                return wrong(format!("reaches {end} tokens, model and cache end at {most}"));
             }
             let Some(blocks) = sequence.block_table.get(..end.div_ceil(BLOCK_SIZE)) else {
                 let given = sequence.block_table.len();
@@ -215,9 +190,7 @@ mod tests {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
         for model in ["llama-odd", "llama-bias", "llama-bf16"] {
             let steps = [(0, 50), (50, 1), (51, 2)].map(|(computed, scheduled)| StepInput {
-                token_ids: (0..scheduled)
-                    .map(|i| ((i + computed) * 7 % 300) as u32)
-                    .collect(),
+                token_ids: (0..scheduled).map(|i| ((i + computed) * 7 % 300) as u32).collect(),
                 sequences: vec![SequenceInput {
                     num_scheduled_tokens: scheduled,
                     num_computed_tokens: computed,
@@ -226,20 +199,11 @@ mod tests {
                 }],
             });
             let mut logits = Simd::available().into_iter().map(|simd| {
-                let options = RunnerOptions {
-                    threads: 1,
-                    max_num_batched_tokens: 64,
-                };
+                let options = RunnerOptions { threads: 1, max_num_batched_tokens: 64 };
                 let mut runner = Runner::load_with(&fixtures.join(model), &options, simd).unwrap();
                 runner.allocate_kv_cache(4).unwrap();
                 let bits = |step| -> Vec<u32> {
-                    runner
-                        .forward(step)
-                        .unwrap()
-                        .row(0)
-                        .iter()
-                        .map(|x| x.to_bits())
-                        .collect()
+                    runner.forward(step).unwrap().row(0).iter().map(|x| x.to_bits()).collect()
                 };
                 (simd.name(), steps.iter().map(bits).collect::<Vec<_>>())
             });

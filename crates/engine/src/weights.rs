@@ -47,50 +47,33 @@ impl Checkpoint {
                 model_path.display()
             )));
         };
-        let files = paths
-            .into_iter()
-            .map(CheckpointFile::open)
-            .collect::<Result<_, _>>()?;
+        let files = paths.into_iter().map(CheckpointFile::open).collect::<Result<_, _>>()?;
         Ok(Self { files })
     }
 
     /// A tensor, which must have this shape.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, Error> {
-        let found = self
-            .files
-            .iter()
-            .find_map(|file| Some((file, file.metadata.info(name)?)));
+        let found = self.files.iter().find_map(|file| Some((file, file.metadata.info(name)?)));
         let Some((file, info)) = found else {
-            let files: Vec<_> = self
-                .files
-                .iter()
-                .map(|file| file.path.display().to_string())
-                .collect();
+            let files: Vec<_> =
+                self.files.iter().map(|file| file.path.display().to_string()).collect();
             return Err(Error::Model(format!(
                 "the tensor {name} of shape {shape:?} is in none of {}",
                 files.join(", ")
             )));
         };
         let wrong = |what: String| {
-            Error::Model(format!(
-                "the tensor {name} in {} {what}",
-                file.path.display()
-            ))
+            Error::Model(format!("the tensor {name} in {} {what}", file.path.display()))
         };
         if info.shape != shape {
-            return Err(wrong(format!(
-                "has shape {:?}, expected {shape:?}",
-                info.shape
-            )));
+            return Err(wrong(format!("has shape {:?}, expected {shape:?}", info.shape)));
         }
         let format = match info.dtype {
             Dtype::F32 => Format::F32,
             Dtype::F16 => Format::F16,
             Dtype::BF16 => Format::Bf16,
             other => {
-                return Err(wrong(format!(
-                    "has dtype {other:?}, expected F32, F16 or BF16"
-                )));
+                return Err(wrong(format!("has dtype {other:?}, expected F32, F16 or BF16")));
             }
         };
         let (start, end) = info.data_offsets;
@@ -99,18 +82,12 @@ impl Checkpoint {
             .get(file.data_start + start..file.data_start + end)
             .filter(|bytes| bytes.len() == shape.iter().product::<usize>() * format.bytes())
             .ok_or_else(|| wrong("doesn't have the bytes its header promises".into()))?;
-        Ok(Tensor {
-            bytes,
-            format,
-            row_len: shape[shape.len() - 1],
-        })
+        Ok(Tensor { bytes, format, row_len: shape[shape.len() - 1] })
     }
 
     /// Whether there is such a tensor.
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.files
-            .iter()
-            .any(|file| file.metadata.info(name).is_some())
+        self.files.iter().any(|file| file.metadata.info(name).is_some())
     }
 }
 
@@ -131,12 +108,7 @@ impl CheckpointFile {
                 memory.len()
             ))
         })?;
-        Ok(Self {
-            path,
-            data_start: size_of::<u64>() + header_len,
-            metadata,
-            memory,
-        })
+        Ok(Self { path, data_start: size_of::<u64>() + header_len, metadata, memory })
     }
 }
 
@@ -145,34 +117,22 @@ fn shards(model_path: &Path, index: PathBuf) -> Result<Vec<PathBuf>, Error> {
     let text = match std::fs::read_to_string(&index) {
         Ok(text) => text,
         Err(source) => {
-            return Err(Error::Io {
-                path: index,
-                source,
-            });
+            return Err(Error::Io { path: index, source });
         }
     };
     let parsed: Index = serde_json::from_str(&text).map_err(|error| {
-        Error::Model(format!(
-            "{} has no usable weight_map: {error}",
-            index.display()
-        ))
+        Error::Model(format!("{} has no usable weight_map: {error}", index.display()))
     })?;
     let mut names: Vec<String> = parsed.weight_map.into_values().collect();
     names.sort_unstable();
     names.dedup();
-    if let Some(name) = names
-        .iter()
-        .find(|name| Path::new(name).components().count() != 1)
-    {
+    if let Some(name) = names.iter().find(|name| Path::new(name).components().count() != 1) {
         return Err(Error::Model(format!(
             "{} names {name:?}, expected a file beside it",
             index.display()
         )));
     }
-    Ok(names
-        .into_iter()
-        .map(|name| model_path.join(name))
-        .collect())
+    Ok(names.into_iter().map(|name| model_path.join(name)).collect())
 }
 
 /// How numbers are written.
@@ -244,8 +204,7 @@ impl<'a> Tensor<'a> {
     /// Widens one row.
     pub(crate) fn decode_row(&self, row: usize, out: &mut [f32]) {
         let row_bytes = self.row_len * self.format.bytes();
-        self.format
-            .decode(&self.bytes[row * row_bytes..][..row_bytes], out);
+        self.format.decode(&self.bytes[row * row_bytes..][..row_bytes], out);
     }
 
     /// Widens all of it.

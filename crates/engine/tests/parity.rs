@@ -21,10 +21,7 @@ fn fixtures() -> PathBuf {
 }
 
 fn load(path: &Path, threads: usize) -> Runner {
-    let options = RunnerOptions {
-        threads,
-        max_num_batched_tokens: 1024,
-    };
+    let options = RunnerOptions { threads, max_num_batched_tokens: 1024 };
     let mut runner = Runner::load(path, &options).unwrap();
     runner.allocate_kv_cache(NUM_BLOCKS).unwrap();
     runner
@@ -51,10 +48,7 @@ impl Synthetic {
     fn new(shape: Shape) -> Self {
         let folder = tempfile::tempdir().unwrap();
         shape.write(folder.path(), 1);
-        Self {
-            folder,
-            random: Random(2),
-        }
+        Self { folder, random: Random(2) }
     }
 
     fn runner(&self, threads: usize) -> Runner {
@@ -62,9 +56,7 @@ impl Synthetic {
     }
 
     fn prompt(&mut self, len: usize) -> Vec<TokenId> {
-        (0..len)
-            .map(|_| self.random.below(SHAPE.vocab_size) as TokenId)
-            .collect()
+        (0..len).map(|_| self.random.below(SHAPE.vocab_size) as TokenId).collect()
     }
 }
 
@@ -96,10 +88,7 @@ fn assert_close(logits: &[f32], expected: &[f32], what: &str) {
     let scale = expected.iter().fold(0.0f32, |max, x| max.max(x.abs()));
     assert_eq!(logits.len(), expected.len(), "{what}");
     for (i, (x, want)) in logits.iter().zip(expected).enumerate() {
-        assert!(
-            (x - want).abs() <= 1e-4 * scale,
-            "{what}: logit {i} is {x}, expected {want}"
-        );
+        assert!((x - want).abs() <= 1e-4 * scale, "{what}: logit {i} is {x}, expected {want}");
     }
 }
 
@@ -129,21 +118,15 @@ fn logits_and_greedy_tokens_are_those_of_transformers() {
             assert_eq!(sequence.tokens[want.prompt.len()..], want.greedy, "{name}");
         }
     }
-    assert!(
-        num_checkpoints > 0,
-        "no fixtures in {}",
-        fixtures().display()
-    );
+    assert!(num_checkpoints > 0, "no fixtures in {}", fixtures().display());
 }
 
 #[test]
 fn batch_gives_each_sequence_what_it_gets_alone() {
     let mut model = Synthetic::new(SHAPE);
     let mut runner = model.runner(2);
-    let prompts: Vec<_> = [1, 5, 16, 17, 64, 100, 33, 2]
-        .into_iter()
-        .map(|len| model.prompt(len))
-        .collect();
+    let prompts: Vec<_> =
+        [1, 5, 16, 17, 64, 100, 33, 2].into_iter().map(|len| model.prompt(len)).collect();
     let alone: Vec<_> = prompts
         .iter()
         .map(|prompt| {
@@ -176,11 +159,7 @@ fn chunked_prefill_is_the_whole_prefill() {
         let mut model = Synthetic::new(Shape { bf16, ..SHAPE });
         let mut runner = model.runner(2);
         let prompt = model.prompt(150);
-        let whole = run(
-            &mut runner,
-            &mut Sequence::contiguous(prompt.clone(), 0, 160),
-            1024,
-        );
+        let whole = run(&mut runner, &mut Sequence::contiguous(prompt.clone(), 0, 160), 1024);
         for chunk in [1, 7, 16, 33] {
             let mut sequence = Sequence::contiguous(prompt.clone(), 20, 160);
             let last = run(&mut runner, &mut sequence, chunk).pop().unwrap();
@@ -194,22 +173,14 @@ fn blocks_may_lie_anywhere() {
     let mut model = Synthetic::new(SHAPE);
     let mut runner = model.runner(1);
     let prompt = model.prompt(200);
-    let contiguous = run(
-        &mut runner,
-        &mut Sequence::contiguous(prompt.clone(), 0, 208),
-        1024,
-    );
+    let contiguous = run(&mut runner, &mut Sequence::contiguous(prompt.clone(), 0, 208), 1024);
     for round in 0..4 {
         let mut blocks: Vec<_> = (0..NUM_BLOCKS as u32).map(BlockId).collect();
         for i in (1..blocks.len()).rev() {
             blocks.swap(i, model.random.below(i + 1));
         }
         blocks.truncate(13);
-        let mut sequence = Sequence {
-            tokens: prompt.clone(),
-            num_computed: 0,
-            blocks,
-        };
+        let mut sequence = Sequence { tokens: prompt.clone(), num_computed: 0, blocks };
         let paged = run(&mut runner, &mut sequence, 1024);
         assert_same_bits(&paged[0], &contiguous[0], &format!("round {round}"));
     }
@@ -223,17 +194,9 @@ fn cached_prefix_is_as_good_as_computed() {
     let mut first = Sequence::contiguous([prefix.clone(), model.prompt(9)].concat(), 0, 64);
     run(&mut runner, &mut first, 1024);
     let tokens = [prefix, model.prompt(30)].concat();
-    let whole = run(
-        &mut runner,
-        &mut Sequence::contiguous(tokens.clone(), 50, 80),
-        1024,
-    );
+    let whole = run(&mut runner, &mut Sequence::contiguous(tokens.clone(), 50, 80), 1024);
     let blocks = [&first.blocks[..3], &[BlockId(90), BlockId(70)]].concat();
-    let mut shared = Sequence {
-        tokens,
-        num_computed: 48,
-        blocks,
-    };
+    let mut shared = Sequence { tokens, num_computed: 48, blocks };
     let cached = run(&mut runner, &mut shared, 1024);
     assert_same_bits(&cached[0], &whole[0], "shared prefix");
 }
@@ -244,12 +207,7 @@ fn number_of_threads_changes_no_bit() {
     let prompt = model.prompt(300);
     let logits = [1, 2, 3].map(|threads| {
         let mut runner = model.runner(threads);
-        run(
-            &mut runner,
-            &mut Sequence::contiguous(prompt.clone(), 0, 304),
-            1024,
-        )
-        .remove(0)
+        run(&mut runner, &mut Sequence::contiguous(prompt.clone(), 0, 304), 1024).remove(0)
     });
     assert_same_bits(&logits[0], &logits[1], "two threads");
     assert_same_bits(&logits[0], &logits[2], "three threads");
@@ -260,11 +218,7 @@ fn what_cannot_be_computed_is_refused_and_harms_nothing() {
     let mut model = Synthetic::new(SHAPE);
     let mut runner = model.runner(1);
     let prompt = model.prompt(20);
-    let before = run(
-        &mut runner,
-        &mut Sequence::contiguous(prompt.clone(), 0, 32),
-        1024,
-    );
+    let before = run(&mut runner, &mut Sequence::contiguous(prompt.clone(), 0, 32), 1024);
     let sequence = SequenceInput {
         num_scheduled_tokens: 20,
         num_computed_tokens: 0,
@@ -274,39 +228,18 @@ fn what_cannot_be_computed_is_refused_and_harms_nothing() {
     let with = |change: &dyn Fn(&mut SequenceInput)| {
         let mut sequence = sequence.clone();
         change(&mut sequence);
-        StepInput {
-            token_ids: prompt.clone(),
-            sequences: vec![sequence],
-        }
+        StepInput { token_ids: prompt.clone(), sequences: vec![sequence] }
     };
     let mut foreign_token = with(&|_| ());
     foreign_token.token_ids[3] = SHAPE.vocab_size as TokenId;
     let cases = [
         (foreign_token, "vocabulary"),
-        (
-            with(&|sequence| sequence.num_scheduled_tokens = 19),
-            "its sequences 19",
-        ),
-        (
-            with(&|sequence| sequence.num_scheduled_tokens = 0),
-            "no tokens",
-        ),
-        (
-            with(&|sequence| sequence.num_computed_tokens = 13),
-            "2 blocks for 33 tokens",
-        ),
-        (
-            with(&|sequence| sequence.num_computed_tokens = 500),
-            "reaches 520 tokens",
-        ),
-        (
-            with(&|sequence| sequence.num_computed_tokens = usize::MAX),
-            "reaches",
-        ),
-        (
-            with(&|sequence| sequence.block_table[1] = BlockId(4000)),
-            "block 4000",
-        ),
+        (with(&|sequence| sequence.num_scheduled_tokens = 19), "its sequences 19"),
+        (with(&|sequence| sequence.num_scheduled_tokens = 0), "no tokens"),
+        (with(&|sequence| sequence.num_computed_tokens = 13), "2 blocks for 33 tokens"),
+        (with(&|sequence| sequence.num_computed_tokens = 500), "reaches 520 tokens"),
+        (with(&|sequence| sequence.num_computed_tokens = usize::MAX), "reaches"),
+        (with(&|sequence| sequence.block_table[1] = BlockId(4000)), "block 4000"),
     ];
     for (input, want) in cases {
         let error = runner.forward(&input).unwrap_err().to_string();
@@ -321,26 +254,13 @@ fn damaged_checkpoints_are_named() {
     let model = Synthetic::new(SHAPE);
     let weights = model.folder.path().join("model.safetensors");
     let config = model.folder.path().join("config.json");
-    let (bytes, text) = (
-        std::fs::read(&weights).unwrap(),
-        std::fs::read_to_string(&config).unwrap(),
-    );
-    let options = RunnerOptions {
-        threads: 1,
-        max_num_batched_tokens: 16,
-    };
-    let error = || {
-        Runner::load(model.folder.path(), &options)
-            .unwrap_err()
-            .to_string()
-    };
+    let (bytes, text) =
+        (std::fs::read(&weights).unwrap(), std::fs::read_to_string(&config).unwrap());
+    let options = RunnerOptions { threads: 1, max_num_batched_tokens: 16 };
+    let error = || Runner::load(model.folder.path(), &options).unwrap_err().to_string();
     for len in [0, 3, 8, 100, bytes.len() / 2, bytes.len() - 1] {
         std::fs::write(&weights, &bytes[..len]).unwrap();
-        assert!(
-            error().contains("model.safetensors"),
-            "{len} bytes: {}",
-            error()
-        );
+        assert!(error().contains("model.safetensors"), "{len} bytes: {}", error());
     }
     let mut garbled = bytes.clone();
     garbled[..16].fill(0xff);
@@ -348,21 +268,9 @@ fn damaged_checkpoints_are_named() {
     assert!(error().contains("damaged"), "{}", error());
     std::fs::write(&weights, &bytes).unwrap();
     for (from, to, want) in [
-        (
-            "\"num_hidden_layers\":3",
-            "\"num_hidden_layers\":4",
-            "model.layers.3.",
-        ),
-        (
-            "\"vocab_size\":1021",
-            "\"vocab_size\":1024",
-            "expected [1024, 160]",
-        ),
-        (
-            "\"rms_norm_eps\"",
-            "\"attention_bias\":true,\"rms_norm_eps\"",
-            "q_proj.bias",
-        ),
+        ("\"num_hidden_layers\":3", "\"num_hidden_layers\":4", "model.layers.3."),
+        ("\"vocab_size\":1021", "\"vocab_size\":1024", "expected [1024, 160]"),
+        ("\"rms_norm_eps\"", "\"attention_bias\":true,\"rms_norm_eps\"", "q_proj.bias"),
         ("Llama", "Mamba", "MambaForCausalLM"),
     ] {
         assert!(text.contains(from), "{text}");

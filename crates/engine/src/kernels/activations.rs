@@ -17,11 +17,7 @@ impl Activations {
     /// A matrix of zeros.
     pub(crate) fn new(num_rows: usize, width: usize) -> Self {
         let stride = width.next_multiple_of(ROW_PADDING) + ROW_PADDING;
-        Self {
-            data: vec![0.0; num_rows * stride],
-            width,
-            stride,
-        }
+        Self { data: vec![0.0; num_rows * stride], width, stride }
     }
 
     /// Grows to `num_rows` at least; what was in it is undefined afterwards.
@@ -41,10 +37,7 @@ impl Activations {
 
     /// The rows from `first` on, to read.
     pub(crate) fn rows_from(&self, first: usize) -> Rows<'_> {
-        Rows {
-            data: &self.data[first * self.stride..],
-            stride: self.stride,
-        }
+        Rows { data: &self.data[first * self.stride..], stride: self.stride }
     }
 
     /// All rows, to read.
@@ -54,11 +47,7 @@ impl Activations {
 
     /// The rows from `first` on, to write from several threads.
     pub(crate) fn shared_from(&mut self, first: usize) -> SharedRows<'_> {
-        SharedRows::new(
-            &mut self.data[first * self.stride..],
-            self.width,
-            self.stride,
-        )
+        SharedRows::new(&mut self.data[first * self.stride..], self.width, self.stride)
     }
 
     /// All rows, to write from several threads.
@@ -96,33 +85,18 @@ pub(crate) struct SharedRows<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-#[expect(
-    unsafe_code,
-    reason = "several threads write disjoint columns of the same rows"
-)]
+#[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
 // SAFETY: the memory is borrowed exclusively for `'a`; who takes a part answers for there being no other.
 unsafe impl Send for SharedRows<'_> {}
 
-#[expect(
-    unsafe_code,
-    reason = "several threads write disjoint columns of the same rows"
-)]
+#[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
 // SAFETY: as for `Send`.
 unsafe impl Sync for SharedRows<'_> {}
 
 impl<'a> SharedRows<'a> {
     pub(crate) fn new(data: &'a mut [f32], width: usize, stride: usize) -> Self {
-        assert!(
-            width <= stride,
-            "rows of {width} don't fit a stride of {stride}"
-        );
-        Self {
-            data: data.as_mut_ptr(),
-            len: data.len(),
-            width,
-            stride,
-            borrowed: PhantomData,
-        }
+        assert!(width <= stride, "rows of {width} don't fit a stride of {stride}");
+        Self { data: data.as_mut_ptr(), len: data.len(), width, stride, borrowed: PhantomData }
     }
 
     /// Numbers in a row.
@@ -136,16 +110,10 @@ impl<'a> SharedRows<'a> {
     /// # Safety
     /// Nobody else may hold any of these numbers meanwhile.
     #[inline(always)]
-    #[expect(
-        unsafe_code,
-        reason = "several threads write disjoint columns of the same rows"
-    )]
+    #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
     pub(crate) unsafe fn slice_mut(&self, row: usize, start: usize, len: usize) -> &'a mut [f32] {
         let offset = row * self.stride + start;
-        assert!(
-            start + len <= self.width && offset + len <= self.len,
-            "outside of the rows"
-        );
+        assert!(start + len <= self.width && offset + len <= self.len, "outside of the rows");
         // SAFETY: inside the borrowed memory (asserted); the caller answers for exclusiveness.
         unsafe { std::slice::from_raw_parts_mut(self.data.add(offset), len) }
     }

@@ -23,15 +23,7 @@ pub(super) fn exp(x: f32) -> f32 {
     let r = (-n).mul_add(LN_2_LOW, (-n).mul_add(LN_2_HIGH, x));
     // The Taylor series: |r| <= ln(2) / 2, where what is left out is below the rounding.
     let mut sum = 1.0 / 5040.0;
-    for coefficient in [
-        1.0 / 720.0,
-        1.0 / 120.0,
-        1.0 / 24.0,
-        1.0 / 6.0,
-        0.5,
-        1.0,
-        1.0,
-    ] {
+    for coefficient in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         sum = r.mul_add(sum, coefficient);
     }
     let scale = f32::from_bits((shifted.to_bits() << 23).wrapping_add(127 << 23));
@@ -96,11 +88,7 @@ pub(crate) fn softmax_row(scores: &mut [f32]) -> f32 {
     let mut maxima = [max; LANES];
     for chunk in chunks {
         for lane in 0..LANES {
-            maxima[lane] = if chunk[lane] > maxima[lane] {
-                chunk[lane]
-            } else {
-                maxima[lane]
-            };
+            maxima[lane] = if chunk[lane] > maxima[lane] { chunk[lane] } else { maxima[lane] };
         }
     }
     for x in maxima.iter().chain(rest) {
@@ -132,19 +120,11 @@ pub(crate) fn rms_norm(
 ) {
     let width = out.width();
     let pieces = from.len().div_ceil(PIECE_ROWS);
-    cpu.threads
-        .share(pieces, from.len() * width * ELEMENT_WORK, |piece| {
-            let first = piece * PIECE_ROWS;
-            let from = &from[first..from.len().min(first + PIECE_ROWS)];
-            cpu.simd.run(RmsNorm {
-                x,
-                from,
-                weight,
-                eps,
-                out,
-                first,
-            });
-        });
+    cpu.threads.share(pieces, from.len() * width * ELEMENT_WORK, |piece| {
+        let first = piece * PIECE_ROWS;
+        let from = &from[first..from.len().min(first + PIECE_ROWS)];
+        cpu.simd.run(RmsNorm { x, from, weight, eps, out, first });
+    });
 }
 
 struct RmsNorm<'a> {
@@ -173,11 +153,10 @@ impl Kernel for RmsNorm<'_> {
 pub(crate) fn silu_mul(cpu: &Cpu, gate_up: Rows<'_>, num_rows: usize, out: SharedRows<'_>) {
     let width = out.width();
     let pieces = num_rows.div_ceil(PIECE_ROWS);
-    cpu.threads
-        .share(pieces, num_rows * width * ELEMENT_WORK * 2, |piece| {
-            let rows = piece * PIECE_ROWS..num_rows.min((piece + 1) * PIECE_ROWS);
-            cpu.simd.run(SiluMul { gate_up, rows, out });
-        });
+    cpu.threads.share(pieces, num_rows * width * ELEMENT_WORK * 2, |piece| {
+        let rows = piece * PIECE_ROWS..num_rows.min((piece + 1) * PIECE_ROWS);
+        cpu.simd.run(SiluMul { gate_up, rows, out });
+    });
 }
 
 struct SiluMul<'a> {
@@ -224,28 +203,20 @@ mod tests {
 
     #[test]
     fn norm_agrees_with_f64() {
-        let x: Vec<f32> = (0..77)
-            .map(|i| ((i * 37 % 101) as f32 - 50.0) / 13.0)
-            .collect();
+        let x: Vec<f32> = (0..77).map(|i| ((i * 37 % 101) as f32 - 50.0) / 13.0).collect();
         let weight: Vec<f32> = (0..77).map(|i| 0.5 + i as f32 / 77.0).collect();
         let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / 77.0;
         let mut out = vec![0.0; 77];
         rms_norm_row(&x, &weight, 1e-5, &mut out);
         for i in 0..77 {
             let want = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
-            assert!(
-                (f64::from(out[i]) - want).abs() < 1e-6,
-                "{i}: {} not {want}",
-                out[i]
-            );
+            assert!((f64::from(out[i]) - want).abs() < 1e-6, "{i}: {} not {want}", out[i]);
         }
     }
 
     #[test]
     fn softmax_agrees_with_f64() {
-        let scores: Vec<f32> = (0..53)
-            .map(|i| ((i * 29 % 53) as f32 - 20.0) / 3.0)
-            .collect();
+        let scores: Vec<f32> = (0..53).map(|i| ((i * 29 % 53) as f32 - 20.0) / 3.0).collect();
         let total: f64 = scores.iter().map(|x| f64::from(*x).exp()).sum();
         let mut weights = scores.clone();
         let sum = softmax_row(&mut weights);

@@ -190,10 +190,7 @@ mod x86 {
             // SAFETY: only named under avx2 and fma.
             unsafe {
                 let x = _mm256_set1_ps(x);
-                Self(
-                    _mm256_fmadd_ps(x, w.0, self.0),
-                    _mm256_fmadd_ps(x, w.1, self.1),
-                )
+                Self(_mm256_fmadd_ps(x, w.0, self.0), _mm256_fmadd_ps(x, w.1, self.1))
             }
         }
 

@@ -43,9 +43,7 @@ impl PackedMatrix {
                 row.resize(in_features, 0.0);
                 for lane in 0..LANES.min(out_features - panel * LANES) {
                     decode(panel * LANES + lane, row);
-                    row.iter()
-                        .enumerate()
-                        .for_each(|(k, weight)| set(k, lane, *weight));
+                    row.iter().enumerate().for_each(|(k, weight)| set(k, lane, *weight));
                 }
             };
         let panels = if bf16 {
@@ -63,11 +61,7 @@ impl PackedMatrix {
             });
             Panels::F32(panels)
         };
-        Self {
-            panels,
-            in_features,
-            out_features,
-        }
+        Self { panels, in_features, out_features }
     }
 }
 
@@ -123,54 +117,29 @@ pub(crate) fn matmul(
         (Epilogue::Store, Some(bias)) => Finish::StoreBiased(bias),
         (Epilogue::Add, Some(bias)) => Finish::AddBiased(bias),
     };
-    let PackedMatrix {
-        panels,
-        in_features,
-        out_features,
-    } = &linear.weight;
+    let PackedMatrix { panels, in_features, out_features } = &linear.weight;
     assert_eq!(out.width(), *out_features, "width of the output");
     let num_panels = out_features.div_ceil(LANES);
     let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
     let num_panel_pieces = num_panels.div_ceil(PIECE_PANELS);
     let work = num_rows * in_features * out_features;
-    cpu.threads
-        .share(num_row_pieces * num_panel_pieces, work, |piece| {
-            let first_row = piece / num_panel_pieces * PIECE_ROWS;
-            let first_panel = piece % num_panel_pieces * PIECE_PANELS;
-            let rows = first_row..(first_row + PIECE_ROWS).min(num_rows);
-            let columns = first_panel..(first_panel + PIECE_PANELS).min(num_panels);
-            let in_features = *in_features;
-            match panels {
-                Panels::F32(panels) => {
-                    let w = Contiguous {
-                        panels,
-                        in_features,
-                    };
-                    cpu.simd.run(Product {
-                        x,
-                        rows,
-                        w,
-                        panels: columns,
-                        out,
-                        finish,
-                    });
-                }
-                Panels::Bf16(panels) => {
-                    let w = Contiguous {
-                        panels,
-                        in_features,
-                    };
-                    cpu.simd.run(Product {
-                        x,
-                        rows,
-                        w,
-                        panels: columns,
-                        out,
-                        finish,
-                    });
-                }
+    cpu.threads.share(num_row_pieces * num_panel_pieces, work, |piece| {
+        let first_row = piece / num_panel_pieces * PIECE_ROWS;
+        let first_panel = piece % num_panel_pieces * PIECE_PANELS;
+        let rows = first_row..(first_row + PIECE_ROWS).min(num_rows);
+        let columns = first_panel..(first_panel + PIECE_PANELS).min(num_panels);
+        let in_features = *in_features;
+        match panels {
+            Panels::F32(panels) => {
+                let w = Contiguous { panels, in_features };
+                cpu.simd.run(Product { x, rows, w, panels: columns, out, finish });
             }
-        });
+            Panels::Bf16(panels) => {
+                let w = Contiguous { panels, in_features };
+                cpu.simd.run(Product { x, rows, w, panels: columns, out, finish });
+            }
+        }
+    });
 }
 
 #[cfg(test)]
@@ -193,34 +162,16 @@ mod tests {
         bias: bool,
     ) -> Vec<f32> {
         let weight = PackedMatrix::pack(&cpu.threads, (n, k), bf16, |row, out| {
-            out.iter_mut()
-                .enumerate()
-                .for_each(|(i, out)| *out = number(row * k + i));
+            out.iter_mut().enumerate().for_each(|(i, out)| *out = number(row * k + i));
         });
-        let linear = Linear {
-            weight,
-            bias: bias.then(|| (0..n).map(number).collect()),
-        };
+        let linear = Linear { weight, bias: bias.then(|| (0..n).map(number).collect()) };
         let mut x = Activations::new(rows, k);
         let mut out = Activations::new(rows, n);
         for row in 0..rows {
-            x.row_mut(row)
-                .iter_mut()
-                .enumerate()
-                .for_each(|(i, x)| *x = number(7 + row * k + i));
+            x.row_mut(row).iter_mut().enumerate().for_each(|(i, x)| *x = number(7 + row * k + i));
         }
-        matmul(
-            cpu,
-            (x.rows(), rows),
-            &linear,
-            (out.shared(), Epilogue::Store),
-        );
-        matmul(
-            cpu,
-            (x.rows(), rows),
-            &linear,
-            (out.shared(), Epilogue::Add),
-        );
+        matmul(cpu, (x.rows(), rows), &linear, (out.shared(), Epilogue::Store));
+        matmul(cpu, (x.rows(), rows), &linear, (out.shared(), Epilogue::Add));
         (0..rows).flat_map(|row| out.row(row).to_vec()).collect()
     }
 

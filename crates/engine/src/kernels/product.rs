@@ -118,10 +118,7 @@ impl<W: Operand> Product<'_, W> {
     }
 
     #[inline(always)]
-    #[expect(
-        unsafe_code,
-        reason = "several threads write disjoint columns of the same rows"
-    )]
+    #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
     fn write(&self, row: usize, column: usize, sums: &Lanes) {
         let len = LANES.min(self.out.width() - column);
         // SAFETY: the rows and columns of this product are the runner's alone; tiles are disjoint.

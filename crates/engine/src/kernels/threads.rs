@@ -22,10 +22,7 @@ impl Threads {
     /// Starts `num_threads` threads; with one, everything runs on the caller's.
     pub(crate) fn new(num_threads: usize) -> Result<Self, Error> {
         if num_threads <= 1 {
-            return Ok(Self {
-                pool: None,
-                num_threads: 1,
-            });
+            return Ok(Self { pool: None, num_threads: 1 });
         }
         let pool = rayon::ThreadPoolBuilder::new()
             .num_threads(num_threads)
@@ -34,10 +31,7 @@ impl Threads {
             .map_err(|error| {
                 Error::OutOfMemory(format!("cannot start {num_threads} threads: {error}"))
             })?;
-        Ok(Self {
-            pool: Some(pool),
-            num_threads,
-        })
+        Ok(Self { pool: Some(pool), num_threads })
     }
 
     /// How many there are.
@@ -47,10 +41,7 @@ impl Threads {
 
     /// Index of the thread that calls, below [`Self::num_threads`].
     pub(crate) fn current(&self) -> usize {
-        self.pool
-            .as_ref()
-            .and_then(rayon::ThreadPool::current_thread_index)
-            .unwrap_or(0)
+        self.pool.as_ref().and_then(rayon::ThreadPool::current_thread_index).unwrap_or(0)
     }
 
     /// Runs a whole step on one of the threads, so that its operations find them awake.
@@ -72,13 +63,8 @@ impl Threads {
             (0..num_pieces).for_each(piece);
             return;
         }
-        let grain = MIN_PIECE_WORK
-            .div_ceil((work / num_pieces).max(1))
-            .min(num_pieces);
-        (0..num_pieces)
-            .into_par_iter()
-            .with_min_len(grain)
-            .for_each(piece);
+        let grain = MIN_PIECE_WORK.div_ceil((work / num_pieces).max(1)).min(num_pieces);
+        (0..num_pieces).into_par_iter().with_min_len(grain).for_each(piece);
     }
 
     /// Runs `piece(index, scratch, chunk)` for each chunk of `data`, shared out.

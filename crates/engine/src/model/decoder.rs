@@ -70,8 +70,7 @@ impl Model {
         let num_tokens = step.input.token_ids.len();
         buffers.attention.plan(&self.config, step.input);
         for (row, token) in step.input.token_ids.iter().enumerate() {
-            self.embedding
-                .look_up(*token as usize, buffers.hidden.row_mut(row));
+            self.embedding.look_up(*token as usize, buffers.hidden.row_mut(row));
         }
         for (index, layer) in self.layers.iter().enumerate() {
             self.attend(step, layer, cache.layer_mut(index), buffers);
@@ -86,49 +85,17 @@ impl Model {
     /// `hidden += attention(norm(hidden))`
     fn attend(&self, step: Step<'_>, layer: &Layer, cache: &mut LayerCache, buffers: &mut Buffers) {
         let Step { cpu, input, rope } = step;
-        let Buffers {
-            hidden,
-            normed,
-            qkv,
-            attended,
-            rows,
-            attention,
-            ..
-        } = buffers;
+        let Buffers { hidden, normed, qkv, attended, rows, attention, .. } = buffers;
         let num_tokens = input.token_ids.len();
         let norm = (&*layer.input_norm, self.config.rms_norm_eps);
-        rms_norm(
-            cpu,
-            hidden.rows(),
-            &rows[..num_tokens],
-            norm,
-            normed.shared(),
-        );
-        matmul(
-            cpu,
-            (normed.rows(), num_tokens),
-            &layer.qkv,
-            (qkv.shared(), Epilogue::Store),
-        );
-        let qk_norm = layer
-            .qk_norm
-            .as_ref()
-            .map(|(query, key)| (&**query, &**key));
-        let layer_input = LayerInput {
-            config: &self.config,
-            rope,
-            qk_norm,
-            qkv: qkv.rows(),
-        };
+        rms_norm(cpu, hidden.rows(), &rows[..num_tokens], norm, normed.shared());
+        matmul(cpu, (normed.rows(), num_tokens), &layer.qkv, (qkv.shared(), Epilogue::Store));
+        let qk_norm = layer.qk_norm.as_ref().map(|(query, key)| (&**query, &**key));
+        let layer_input = LayerInput { config: &self.config, rope, qk_norm, qkv: qkv.rows() };
         attention.write(cpu, layer_input, cache);
         attention.attend(cpu, layer_input, (input, cache), attended.shared());
         let out = (hidden.shared(), Epilogue::Add);
-        matmul(
-            cpu,
-            (attended.rows(), num_tokens),
-            &layer.attention_output,
-            out,
-        );
+        matmul(cpu, (attended.rows(), num_tokens), &layer.attention_output, out);
     }
 
     /// `hidden += down(silu(gate(norm(hidden))) * up(norm(hidden)))` for some rows.
@@ -139,14 +106,7 @@ impl Model {
         rows: std::ops::Range<usize>,
         buffers: &mut Buffers,
     ) {
-        let Buffers {
-            hidden,
-            normed,
-            gate_up,
-            activated,
-            rows: all_rows,
-            ..
-        } = buffers;
+        let Buffers { hidden, normed, gate_up, activated, rows: all_rows, .. } = buffers;
         let (first, num_rows) = (rows.start, rows.len());
         let norm = (&*layer.mlp_norm, self.config.rms_norm_eps);
         rms_norm(cpu, hidden.rows(), &all_rows[rows], norm, normed.shared());
@@ -159,13 +119,7 @@ impl Model {
 
     /// Logits of the last tokens of the sequences that want them.
     fn project_output(&self, Step { cpu, input, .. }: Step<'_>, buffers: &mut Buffers) {
-        let Buffers {
-            hidden,
-            normed,
-            logits,
-            wanted,
-            ..
-        } = buffers;
+        let Buffers { hidden, normed, logits, wanted, .. } = buffers;
         wanted.clear();
         let mut end = 0;
         for sequence in &input.sequences {

@@ -62,9 +62,7 @@ impl RopeTable {
     pub(crate) fn new(rope: &Rope, num_positions: usize) -> Self {
         let frequencies = rope.frequencies();
         let scale = match rope.scaling {
-            RopeScaling::Yarn {
-                attention_factor, ..
-            } => attention_factor as f32,
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
             _ => 1.0,
         };
         let half = frequencies.len();
@@ -88,10 +86,7 @@ impl RopeTable {
     #[inline(always)]
     pub(crate) fn at(&self, position: usize) -> (&[f32], &[f32]) {
         let start = position * self.half;
-        (
-            &self.cos[start..][..self.half],
-            &self.sin[start..][..self.half],
-        )
+        (&self.cos[start..][..self.half], &self.sin[start..][..self.half])
     }
 }
 
@@ -162,14 +157,8 @@ mod tests {
 
     #[test]
     fn first_position_does_not_rotate_and_first_pair_turns_by_one() {
-        let table = RopeTable::new(
-            &Rope {
-                dim: 8,
-                theta: 10_000.0,
-                scaling: RopeScaling::None,
-            },
-            4,
-        );
+        let table =
+            RopeTable::new(&Rope { dim: 8, theta: 10_000.0, scaling: RopeScaling::None }, 4);
         assert_eq!(table.at(0), (&[1.0; 4][..], &[0.0; 4][..]));
         let (cos, sin) = table.at(3);
         assert!((f64::from(cos[0]) - 3f64.cos()).abs() < 1e-7);
@@ -184,18 +173,8 @@ mod tests {
             high_freq_factor: 4.0,
             original_max_positions: 8192,
         };
-        let plain = Rope {
-            dim: 128,
-            theta: 5e5,
-            scaling: RopeScaling::None,
-        }
-        .frequencies();
-        let scaled = Rope {
-            dim: 128,
-            theta: 5e5,
-            scaling,
-        }
-        .frequencies();
+        let plain = Rope { dim: 128, theta: 5e5, scaling: RopeScaling::None }.frequencies();
+        let scaled = Rope { dim: 128, theta: 5e5, scaling }.frequencies();
         assert_eq!(plain[0], scaled[0]);
         assert!((plain[63] / scaled[63] - 8.0).abs() < 1e-5);
         assert!(scaled.is_sorted_by(|a, b| a > b));

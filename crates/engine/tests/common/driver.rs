@@ -18,11 +18,7 @@ impl Sequence {
     /// A sequence whose blocks are those from `first` on.
     pub(crate) fn contiguous(tokens: Vec<TokenId>, first: u32, max_len: usize) -> Self {
         let num_blocks = max_len.div_ceil(BLOCK_SIZE) as u32;
-        Self {
-            tokens,
-            num_computed: 0,
-            blocks: (first..first + num_blocks).map(BlockId).collect(),
-        }
+        Self { tokens, num_computed: 0, blocks: (first..first + num_blocks).map(BlockId).collect() }
     }
 
     /// The next `num_tokens` of its tokens (or what is left) are computed.
@@ -59,19 +55,12 @@ pub(crate) fn step(
     for sequence in sequences {
         sequence.schedule(chunk, &mut input);
     }
-    runner
-        .forward(&input)
-        .unwrap()
-        .rows()
-        .map(<[f32]>::to_vec)
-        .collect()
+    runner.forward(&input).unwrap().rows().map(<[f32]>::to_vec).collect()
 }
 
 /// The token with the highest logit, the first of equals.
 pub(crate) fn argmax(logits: &[f32]) -> TokenId {
-    let best = (0..logits.len())
-        .rev()
-        .max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
+    let best = (0..logits.len()).rev().max_by(|a, b| logits[*a].total_cmp(&logits[*b]));
     best.unwrap() as TokenId
 }
 

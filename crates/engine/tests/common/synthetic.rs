@@ -64,11 +64,7 @@ impl Shape {
                 let mut bytes = Vec::new();
                 for _ in 0..len {
                     let x = random.signed();
-                    let x = if shape.len() == 1 {
-                        1.0 + x / 4.0
-                    } else {
-                        x * width
-                    };
+                    let x = if shape.len() == 1 { 1.0 + x / 4.0 } else { x * width };
                     if self.bf16 {
                         bytes.extend(((x.to_bits() >> 16) as u16).to_le_bytes());
                     } else {
@@ -93,10 +89,7 @@ impl Shape {
         let hidden = self.hidden_size;
         let kv = hidden / self.num_attention_heads * self.num_key_value_heads;
         let mut tensors = vec![
-            (
-                "model.embed_tokens.weight".to_owned(),
-                vec![self.vocab_size, hidden],
-            ),
+            ("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden]),
             ("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]),
             ("model.norm.weight".to_owned(), vec![hidden]),
         ];
