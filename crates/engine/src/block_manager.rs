@@ -4,6 +4,10 @@
 //! the hash of all tokens up to their end, so that a sequence with the same beginning takes them over instead
 //! of computing them again; a free block keeps its content until it is needed for something else, the one
 //! freed longest ago first. A block that is still to be written to is never shared. The scheduler calls it.
+//!
+//! Memory that no block was ever written to is not resident, so fresh blocks are used sparingly: free content
+//! is overwritten once there is about as much of it as of what sequences own. The cache so stays as large as
+//! the sequences that run at a time make it, however many pass.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -44,14 +48,19 @@ struct Block {
     freed_at: u64,
 }
 
-/// Key in the order in which free blocks are taken: those without content first, then the longest free.
-type FreeKey = (bool, u64, BlockId);
+/// Free content that is kept whatever the sequences own, in blocks: room for a few shared prefixes.
+const MIN_KEPT_BLOCKS: usize = 256;
 
 /// Owner book of the KV cache.
 #[derive(Debug)]
 pub struct BlockManager {
     blocks: Vec<Block>,
-    free: BTreeSet<FreeKey>,
+    /// Free, used before, without content that could be found.
+    empty: Vec<BlockId>,
+    /// Free, with content, by when they were freed.
+    kept: BTreeSet<(u64, BlockId)>,
+    /// Blocks from here on were never used.
+    num_touched: usize,
     cached: HashMap<BlockHash, BlockId>,
     prefix_caching: bool,
     clock: u64,
@@ -60,10 +69,11 @@ pub struct BlockManager {
 impl BlockManager {
     /// A cache of so many blocks, all free.
     pub fn new(num_blocks: usize, prefix_caching: bool) -> Self {
-        let free = (0..num_blocks).map(|index| (false, 0, BlockId(index as u32))).collect();
         Self {
             blocks: vec![Block::default(); num_blocks],
-            free,
+            empty: Vec::new(),
+            kept: BTreeSet::new(),
+            num_touched: 0,
             cached: HashMap::new(),
             prefix_caching,
             clock: 0,
@@ -82,12 +92,12 @@ impl BlockManager {
 
     /// Number of blocks that nobody owns.
     pub fn num_free_blocks(&self) -> usize {
-        self.free.len()
+        self.empty.len() + self.kept.len() + self.blocks.len() - self.num_touched
     }
 
     /// Number of blocks that sequences own.
     pub fn num_used_blocks(&self) -> usize {
-        self.blocks.len() - self.free.len()
+        self.num_touched - self.empty.len() - self.kept.len()
     }
 
     /// Blocks that so many tokens take.
@@ -113,7 +123,7 @@ impl BlockManager {
     ) -> Option<Vec<BlockId>> {
         let num_fresh = Self::blocks_for(num_tokens).saturating_sub(prefix.len());
         let num_revived = prefix.iter().filter(|block| self.block(**block).num_owners == 0).count();
-        if num_fresh + num_revived + spare > self.free.len() {
+        if num_fresh + num_revived + spare > self.num_free_blocks() {
             return None;
         }
         let mut table = prefix.to_vec();
@@ -127,7 +137,7 @@ impl BlockManager {
     /// Grows a table until it holds `num_tokens`. `false`, and nothing changed, when blocks run out.
     pub fn grow(&mut self, table: &mut Vec<BlockId>, num_tokens: usize) -> bool {
         let missing = Self::blocks_for(num_tokens).saturating_sub(table.len());
-        if missing > self.free.len() {
+        if missing > self.num_free_blocks() {
             return false;
         }
         table.extend((0..missing).filter_map(|_| self.take()));
@@ -153,9 +163,14 @@ impl BlockManager {
             let block = &mut self.blocks[id.0 as usize];
             debug_assert!(block.num_owners > 0, "{id:?} is released but nobody owns it");
             block.num_owners -= 1;
-            if block.num_owners == 0 {
-                block.freed_at = self.clock;
-                self.free.insert((block.hash.is_some(), self.clock, id));
+            if block.num_owners > 0 {
+                continue;
+            }
+            block.freed_at = self.clock;
+            if block.hash.is_some() {
+                self.kept.insert((self.clock, id));
+            } else {
+                self.empty.push(id);
             }
         }
     }
@@ -168,14 +183,23 @@ impl BlockManager {
     fn share(&mut self, id: BlockId) {
         let block = &mut self.blocks[id.0 as usize];
         if block.num_owners == 0 {
-            self.free.remove(&(block.hash.is_some(), block.freed_at, id));
+            self.kept.remove(&(block.freed_at, id));
         }
         block.num_owners += 1;
     }
 
     /// A free block, emptied; `None` when there is none.
     fn take(&mut self) -> Option<BlockId> {
-        let (_, _, id) = self.free.pop_first()?;
+        let has_fresh = self.num_touched < self.blocks.len();
+        let keeps_enough = self.kept.len() >= self.num_used_blocks().max(MIN_KEPT_BLOCKS);
+        let id = if let Some(id) = self.empty.pop() {
+            id
+        } else if has_fresh && !keeps_enough {
+            self.num_touched += 1;
+            BlockId((self.num_touched - 1) as u32)
+        } else {
+            self.kept.pop_first()?.1
+        };
         let block = &mut self.blocks[id.0 as usize];
         block.num_owners = 1;
         if let Some(hash) = block.hash.take() {
@@ -288,6 +312,20 @@ mod tests {
     }
 
     #[test]
+    fn passing_sequences_do_not_touch_ever_more_blocks() {
+        let mut manager = BlockManager::new(10_000, true);
+        for first in 0..5_000 {
+            let sequence = Sequence::new(u64::from(first), (first * 100..).take(33).collect());
+            let mut table = manager.allocate(&[], 33, 0).unwrap();
+            publish_all(&mut manager, &sequence, &table);
+            manager.release(&mut table);
+        }
+        assert!(manager.num_touched <= MIN_KEPT_BLOCKS + 3, "{}", manager.num_touched);
+        let all = manager.allocate(&[], 10_000 * BLOCK_SIZE, 0);
+        assert_eq!(all.map(|table| table.len()), Some(10_000));
+    }
+
+    #[test]
     fn without_prefix_caching_nothing_is_found() {
         let mut manager = BlockManager::new(2, false);
         let sequence = Sequence::new(1, (0..16).collect());
@@ -336,11 +374,13 @@ mod tests {
         for (index, block) in manager.blocks.iter().enumerate() {
             let id = BlockId(index as u32);
             assert_eq!(block.num_owners, owners[index], "owners of {id:?}");
-            let is_free = manager.free.contains(&(block.hash.is_some(), block.freed_at, id));
+            let is_free = index >= manager.num_touched
+                || manager.empty.contains(&id)
+                || manager.kept.contains(&(block.freed_at, id));
             assert_eq!(is_free, block.num_owners == 0, "{id:?} is free or owned");
         }
         let num_free = manager.blocks.iter().filter(|block| block.num_owners == 0).count();
-        assert_eq!(num_free, manager.free.len());
+        assert_eq!(num_free, manager.num_free_blocks());
         for (hash, block) in &manager.cached {
             assert_eq!(manager.block(*block).hash, Some(*hash));
         }

@@ -42,7 +42,7 @@ type Report = serde_json::Map<String, Value>;
 
 /// Greedy answers to questions about made-up documentation.
 fn run(queries: u64, model_path: Option<&PathBuf>) -> anyhow::Result<Report> {
-    let statistics = flotilla_run(queries, 64, model_path)?;
+    let statistics = flotilla_run(write_contexts, queries, (64, model_path))?;
     let mut report = Report::new();
     report.insert("queries".into(), json!(queries));
     report.insert("answers_per_second".into(), json!(statistics.answers_per_second));
@@ -53,11 +53,12 @@ fn run(queries: u64, model_path: Option<&PathBuf>) -> anyhow::Result<Report> {
     Ok(report)
 }
 
-/// Peak memory against the number of queries; one token an answer, since only their number counts.
+/// Peak memory against the number of queries: short ones with short answers, since only their number
+/// counts.
 fn memory(sizes: &[u64]) -> anyhow::Result<Report> {
     let mut rows = Vec::new();
     for &queries in sizes {
-        let statistics = flotilla_run(queries, 1, None)?;
+        let statistics = flotilla_run(write_questions, queries, (1, None))?;
         rows.push(json!({
             "queries": queries,
             "peak_memory_bytes": statistics.peak_memory_bytes,
@@ -76,16 +77,19 @@ fn retrieval(documents: usize, queries: usize) -> anyhow::Result<Report> {
     }
 }
 
+/// Writes an input of so many contexts.
+type WriteInput = fn(&Path, u64) -> std::io::Result<()>;
+
 /// Runs this program over `queries` made-up contexts and reads its statistics.
 fn flotilla_run(
+    write_input: WriteInput,
     queries: u64,
-    max_new_tokens: u32,
-    model_path: Option<&PathBuf>,
+    (max_new_tokens, model_path): (u32, Option<&PathBuf>),
 ) -> anyhow::Result<Statistics> {
     let dir = tempfile::tempdir().context("cannot make a temporary folder")?;
     let [contexts, results, statistics] =
         ["contexts.jsonl", "results.jsonl", "statistics.json"].map(|name| dir.path().join(name));
-    write_contexts(&contexts, queries)
+    write_input(&contexts, queries)
         .with_context(|| format!("cannot write {}", contexts.display()))?;
     let program = std::env::current_exe().context("cannot find this program")?;
     let status = Command::new(program)
@@ -108,6 +112,22 @@ fn flotilla_run(
     let statistics: Statistics = serde_json::from_str(&text)?;
     ensure!(statistics.answered == queries, "expected {queries} answers: {statistics:?}");
     Ok(statistics)
+}
+
+/// Contexts without documents, as short as questions are.
+fn write_questions(path: &Path, queries: u64) -> std::io::Result<()> {
+    let mut file = BufWriter::new(File::create(path)?);
+    for number in 0..queries {
+        let query = Query {
+            id: JobId(format!("bench-{number}")),
+            query: format!("What is number {number}?"),
+            target_api: None,
+            dependencies: Dependencies::new(),
+        };
+        serde_json::to_writer(&mut file, &Context::empty(query))?;
+        file.write_all(b"\n")?;
+    }
+    file.flush()
 }
 
 /// Contexts of one document each, as different as real ones and always the same.

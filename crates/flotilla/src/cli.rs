@@ -133,13 +133,13 @@ pub(crate) enum Precision {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct GenerationOptions {
     /// Most tokens of an answer.
-    #[arg(long, value_name = "N", default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 512, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_new_tokens: u32,
     /// Sampling temperature; 0 takes the most likely token.
-    #[arg(long, value_name = "T", default_value_t = 0.2, value_parser = parse_temperature)]
+    #[arg(long, value_name = "T", default_value_t = 0.2, allow_negative_numbers = true, value_parser = parse_temperature)]
     pub(crate) temperature: f32,
     /// Sample among the most likely tokens whose probabilities add up to this.
-    #[arg(long, value_name = "P", default_value_t = 0.95, value_parser = parse_top_p)]
+    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true, value_parser = parse_top_p)]
     pub(crate) top_p: f32,
     /// Sample among this many most likely tokens; 0 for all.
     #[arg(long, value_name = "K", default_value_t = 0)]

@@ -13,14 +13,8 @@ static BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 /// Starts logging: warnings and what `FLOTILLA_LOG` asks for, every job with `verbose`.
 pub(crate) fn init(verbose: bool) {
     let level = if verbose { "debug" } else { "info" };
-    let own = ["flotilla", "producer", "gpu_worker", "collector", "engine"].map(|name| {
-        if name == "flotilla" {
-            format!("{name}={level}")
-        } else {
-            format!("flotilla_{name}={level}")
-        }
-    });
-    let default = format!("warn,{}", own.join(","));
+    // Matches all of our crates by their common prefix.
+    let default = format!("warn,tantivy=error,flotilla={level}");
     let filter = EnvFilter::builder()
         .with_env_var("FLOTILLA_LOG")
         .try_from_env()
