@@ -22,7 +22,7 @@ fn rows() -> Vec<(Vec<u8>, Option<&'static str>, Option<&'static str>)> {
         row(r#"{"id":"wrong-type","query":5}"#, Some("wrong-type"), Some("query")),
         row(r#"{"id":"bom","query":"Another question?"}"#, None, Some("'bom'")),
         (b"{\"id\":\"utf8\",\"query\":\"\xff\"}".to_vec(), Some("utf8"), Some("UTF-8")),
-        row(r#"{"id":"lone","query":"\ud800"}"#, Some("lone"), Some("surrogate")),
+        row(r#"{"id":"lone","query":"\ud800"}"#, Some("lone"), Some("query")),
         row(r#"{"id":"twice","query":"a","query":"b"}"#, Some("twice"), Some("query")),
         row(r#"{"id":"empty","query":""}"#, Some("empty"), Some("query")),
         (deep.into_bytes(), Some("deep"), Some("")),

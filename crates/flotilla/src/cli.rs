@@ -145,13 +145,13 @@ pub(crate) struct GenerationOptions {
     #[arg(long, value_name = "K", default_value_t = 0)]
     pub(crate) top_k: u32,
     /// Text that ends an answer and is not part of it; may be given several times.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) stop: Vec<String>,
     /// Seed of the run; each job's own comes from it and the job's id.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     /// System prompt.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) system_prompt: Option<String>,
     /// Jinja template of the user message, with `context`, `query`, `id`, `target_api` and
     /// `dependencies`.

@@ -44,6 +44,7 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
         system_prompt: options.generation.system_prompt.clone(),
         generation: options.generation.generation(),
     };
+    producer::probe(&options.source)?;
     let mut output = Output::open(&options.output_file)?;
     let contexts = contexts(options, &engine, &output)?;
     let mut rejects = Rejects::beside(&options.output_file)?;

@@ -1,7 +1,6 @@
 //! The settings of sources and retrieval, as the command line spells them.
 //!
-//! Every doc comment here is the option's `--help`. The underscore spelling of the older scripts
-//! is accepted too.
+//! Every doc comment here is the option's `--help`.
 
 use std::path::PathBuf;
 
@@ -14,17 +13,16 @@ use crate::error::Error;
 pub struct RetrievalConfig {
     /// Directory of the corpus: `<package>/<version>.jsonl` inside it. Without it, contexts are
     /// empty
-    #[arg(long, alias = "corpus_path", value_name = "DIR")]
+    #[arg(long, value_name = "DIR")]
     pub corpus_path: Option<PathBuf>,
 
     /// What the corpus holds: documentation or source code
-    #[arg(long, alias = "corpus_type", value_enum, default_value_t)]
+    #[arg(long, value_enum, default_value_t)]
     pub corpus_type: CorpusType,
 
     /// Where documents are ranked; `local` is BM25 on this machine
     #[arg(
         long,
-        alias = "embedding_source",
         value_name = "SOURCE",
         value_parser = parse_embedding_source,
         default_value = "local"
@@ -32,21 +30,21 @@ pub struct RetrievalConfig {
     pub embedding_source: EmbeddingSource,
 
     /// Most documents in one context
-    #[arg(long, alias = "max_documents", value_name = "N", default_value_t = 10)]
+    #[arg(long, value_name = "N", default_value_t = 10)]
     pub max_documents: usize,
 
     /// Most tokens in one context, counted with the model's tokenizer
-    #[arg(long, alias = "max_tokens", value_name = "N", default_value_t = 4000)]
+    #[arg(long, value_name = "N", default_value_t = 4000)]
     pub max_tokens: usize,
 
     /// Where `target_api` is no document's exact name, take documents whose names contain it
     /// before falling back to BM25
-    #[arg(long, alias = "enable_str_match")]
+    #[arg(long)]
     pub enable_str_match: bool,
 
     /// Directory that keeps the index of the corpus between runs; safe to delete [default:
     /// $XDG_CACHE_HOME/flotilla or ~/.cache/flotilla]
-    #[arg(long, alias = "cache_dir", value_name = "DIR", env = "FLOTILLA_CACHE_DIR")]
+    #[arg(long, value_name = "DIR", env = "FLOTILLA_CACHE_DIR")]
     pub cache_dir: Option<PathBuf>,
 }
 
@@ -135,18 +133,23 @@ fn parse_embedding_source(text: &str) -> Result<EmbeddingSource, String> {
 #[derive(Args, Clone, Debug, Default)]
 pub struct SourceConfig {
     /// File of queries, a JSON array or one JSON object per line
-    #[arg(long, alias = "queries_file", value_name = "FILE", conflicts_with = "contexts_file")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "contexts_file",
+        required_unless_present = "contexts_file"
+    )]
     pub queries_file: Option<PathBuf>,
 
     /// File of finished contexts, as `flotilla contexts` writes it; nothing is retrieved
-    #[arg(long, alias = "contexts_file", value_name = "FILE")]
+    #[arg(long, value_name = "FILE")]
     pub contexts_file: Option<PathBuf>,
 
     /// Number of entries of the file to pass over first; an entry with nested queries counts once
-    #[arg(long, alias = "start_index", value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0)]
     pub start_index: u64,
 
     /// Most entries of the file to take; an entry with nested queries counts once
-    #[arg(long, alias = "max_samples", value_name = "N")]
+    #[arg(long, value_name = "N")]
     pub max_samples: Option<u64>,
 }

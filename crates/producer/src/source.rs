@@ -109,6 +109,11 @@ where
     })
 }
 
+/// Opens the file and closes it again, so that a wrong name is told before anything is written.
+pub fn probe(source: &SourceConfig) -> Result<(), Error> {
+    open(source).map(drop)
+}
+
 /// Queries in the file: what `contexts` gives, repeats and what is skipped included.
 pub fn count(source: &SourceConfig) -> Result<u64, Error> {
     let (_, finished, mut records) = open(source)?;

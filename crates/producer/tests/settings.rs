@@ -1,4 +1,4 @@
-//! The command line of the settings: the spellings of the older scripts, the refusals.
+//! The command line of the settings: the option names of the older scripts, the refusals.
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -20,25 +20,21 @@ fn parse(arguments: &str) -> Result<CommandLine, String> {
 
 #[test]
 fn the_older_scripts_command_line_is_understood() {
-    for line in [
-        "--queries_file q.json --corpus_path c --corpus_type srccodes --embedding_source local \
-         --max_documents 3 --max_tokens 100 --enable_str_match --start_index 5 --max_samples 7",
-        "--queries-file q.json --corpus-path c --corpus-type srccodes --embedding-source local \
-         --max-documents 3 --max-tokens 100 --enable-str-match --start-index 5 --max-samples 7",
-    ] {
-        let CommandLine { source, retrieval } = parse(line).unwrap();
-        assert_eq!(source.queries_file.unwrap().to_str(), Some("q.json"));
-        assert_eq!((source.start_index, source.max_samples), (5, Some(7)));
-        assert_eq!(retrieval.corpus_path.unwrap().to_str(), Some("c"));
-        assert_eq!(retrieval.corpus_type, CorpusType::Srccodes);
-        assert_eq!((retrieval.max_documents, retrieval.max_tokens), (3, 100));
-        assert!(retrieval.enable_str_match);
-    }
+    let line = "--queries-file q.json --corpus-path c --corpus-type srccodes --max-documents 3 \
+                --embedding-source local --max-tokens 100 --enable-str-match --start-index 5 \
+                --max-samples 7";
+    let CommandLine { source, retrieval } = parse(line).unwrap();
+    assert_eq!(source.queries_file.unwrap().to_str(), Some("q.json"));
+    assert_eq!((source.start_index, source.max_samples), (5, Some(7)));
+    assert_eq!(retrieval.corpus_path.unwrap().to_str(), Some("c"));
+    assert_eq!(retrieval.corpus_type, CorpusType::Srccodes);
+    assert_eq!((retrieval.max_documents, retrieval.max_tokens), (3, 100));
+    assert!(retrieval.enable_str_match);
 }
 
 #[test]
 fn defaults_are_those_of_the_older_scripts() {
-    let CommandLine { source, retrieval } = parse("").unwrap();
+    let CommandLine { source, retrieval } = parse("--queries-file q.json").unwrap();
     assert_eq!((source.start_index, source.max_samples), (0, None));
     assert_eq!(retrieval.corpus_type, CorpusType::Docstring);
     assert_eq!((retrieval.max_documents, retrieval.max_tokens), (10, 4000));
@@ -50,10 +46,11 @@ fn defaults_are_those_of_the_older_scripts() {
 
 #[test]
 fn what_is_not_supported_says_so() {
-    let error = parse("--embedding-source togetherai").unwrap_err();
+    let error = parse("--queries-file q --embedding-source togetherai").unwrap_err();
     assert!(error.contains("togetherai are not supported"), "{error}");
-    let error = parse("--embedding-source openai").unwrap_err();
+    let error = parse("--queries-file q --embedding-source openai").unwrap_err();
     assert!(error.contains("expected `local`, given `openai`"), "{error}");
+    assert!(parse("").unwrap_err().contains("--queries-file"));
     assert!(parse("--queries-file a --contexts-file b").is_err());
-    assert!(parse("--max-samples -1").is_err());
+    assert!(parse("--queries-file a --max-samples -1").is_err());
 }
