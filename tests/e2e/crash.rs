@@ -52,12 +52,18 @@ fn torn_line_is_answered_again_and_kept_beside() {
 
 #[test]
 fn full_disk_stops_the_run_and_loses_nothing() {
+    for (count, more) in [(100, ""), (1_000, " --batch-size 256")] {
+        fill_the_disk(count, &format!("{RUN}{more}"));
+    }
+}
+
+fn fill_the_disk(count: usize, run: &str) {
     let place = Workplace::new();
-    place.write_queries("queries.jsonl", 100);
+    place.write_queries("queries.jsonl", count);
     // A file-size limit stands for a full disk: the write that crosses it is cut short.
     let limited = Command::new("bash")
         .arg("-c")
-        .arg(format!("trap '' XFSZ; ulimit -f 16; exec \"$0\" {RUN}"))
+        .arg(format!("trap '' XFSZ; ulimit -f 16; exec \"$0\" {run}"))
         .arg(program())
         .current_dir(place.path("."))
         .env("FLOTILLA_MODEL_PATH", flotilla_tests::repository().join("models/flotilla-reader"))
@@ -68,8 +74,26 @@ fn full_disk_stops_the_run_and_loses_nothing() {
     assert!(log.contains("cannot write results.jsonl: File too large"), "{log}");
     let size = fs::metadata(place.path("results.jsonl")).unwrap().len();
     assert!(size > 0 && size <= 16 * 1024, "{size}");
-    place.run_expecting(0, RUN);
-    place.assert_each_once("results.jsonl", 100);
+    place.run_expecting(0, run);
+    place.assert_each_once("results.jsonl", count);
+}
+
+#[test]
+fn files_that_are_not_results_are_refused_and_untouched() {
+    let place = Workplace::new();
+    place.write_queries("queries.jsonl", 3);
+    let queries = place.read("queries.jsonl");
+    let log = place.run_expecting(1, &RUN.replace("results.jsonl", "./queries.jsonl"));
+    assert!(log.contains("is both the input and the output"), "{log}");
+    place.write("one.json", r#"[{"id":"a","query":"b"}]"#);
+    place.write("contexts.jsonl", "{\"id\":\"a\",\"query\":\"b\",\"success\":true}\n");
+    for name in ["one.json", "contexts.jsonl"] {
+        let before = place.read(name);
+        let log = place.run_expecting(1, &RUN.replace("results.jsonl", name));
+        assert!(log.contains("expected a line of flotilla's results"), "{log}");
+        assert_eq!(place.read(name), before);
+    }
+    assert_eq!(place.read("queries.jsonl"), queries);
 }
 
 #[test]

@@ -123,3 +123,20 @@ fn prompt_template_and_system_prompt_change_the_prompt() {
         assert!(line["prompt_tokens"].as_u64() > own[id]["prompt_tokens"].as_u64());
     }
 }
+
+#[test]
+fn queries_can_come_through_a_pipe() {
+    let place = Workplace::new();
+    place.write_queries("queries.jsonl", 40);
+    let run = "run --queries-file /dev/stdin --output-file results.jsonl --max-new-tokens 2";
+    let queries = std::fs::File::open(place.path("queries.jsonl")).unwrap();
+    let mut cat = std::process::Command::new("cat")
+        .stdin(queries)
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let piped = cat.stdout.take().unwrap();
+    let status = place.command(run).stdin(piped).status().unwrap();
+    assert!(status.success() && cat.wait().unwrap().success());
+    place.assert_each_once("results.jsonl", 40);
+}

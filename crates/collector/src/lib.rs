@@ -85,7 +85,8 @@ pub enum End {
 
 /// What the collector tells as it goes.
 pub trait Observer: Send {
-    /// The lines of these outcomes are on disk.
+    /// The lines of these outcomes are on disk. Also called with none, now and then, so that time
+    /// can be told to pass.
     fn written(&mut self, outcomes: &[Settled]);
 }
 
@@ -112,6 +113,7 @@ pub async fn run<Q: Queue<Settled>>(
             if end == End::WhenDrained {
                 return Ok(());
             }
+            observer.written(&[]);
             continue;
         }
         let new = tokio::task::block_in_place(|| append(output, &deliveries))?;

@@ -103,12 +103,15 @@ impl Output {
                 if length == MAX_LINE_BYTES {
                     return Err(self.foreign(number + 1, "found one of over a gibibyte".into()));
                 }
+                if !may_be_torn(&line) {
+                    return Err(self.foreign(number + 1, "found the start of another".into()));
+                }
                 return Ok(whole);
             }
             whole += length;
             number += 1;
             match serde_json::from_slice::<Identified>(&line) {
-                Ok(Identified { id, success }) => {
+                Ok(Identified { id, success, .. }) => {
                     self.num_failed += u64::from(!success);
                     if !self.answered.mark(&id) {
                         return Err(self.foreign(number, format!("found id '{id}' again")));
@@ -161,6 +164,16 @@ impl Output {
 struct Identified {
     id: JobId,
     success: bool,
+    #[expect(dead_code, reason = "contexts have an id and success too, only results have this")]
+    worker_rank: u32,
+}
+
+/// Whether a crash can have left this at the end of one of our files: the beginning of a line, or
+/// zeros that a file system had made room with.
+fn may_be_torn(tail: &[u8]) -> bool {
+    const START: &[u8] = b"{\"id\":\"";
+    let common = tail.len().min(START.len());
+    tail[..common] == START[..common] || tail.iter().all(|&byte| byte == 0)
 }
 
 fn name(path: &Path) -> String {

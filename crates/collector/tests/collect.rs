@@ -130,7 +130,8 @@ fn second_writer_of_an_output_is_refused() {
 fn foreign_files_are_never_appended_to() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("precious.txt");
-    for text in ["my notes\n", "{\"id\": 5}\n", "\n", "{\"id\":\"a\",\"success\":true}\n\0\0\n"] {
+    let context = "{\"id\":\"a\",\"success\":true}\n";
+    for text in ["my notes\n", "my notes", "{\"id\": 5}\n", "\n", "[{\"id\":\"a\"}]", context] {
         fs::write(&path, text).unwrap();
         let error = Output::open(&path).unwrap_err();
         assert!(matches!(error, Error::Foreign { .. }), "{text:?}: {error}");
@@ -147,7 +148,13 @@ fn torn_tail_is_cut_and_kept_beside_the_output() {
     output.append(&[answered("é"), answered("b")]).unwrap();
     drop(output);
     let whole = fs::read(&path).unwrap();
-    for tail in [&b"{\"id\":\"c"[..], b"\0\0\0\0", b"\xc3", b"{\"id\":\"c\",\"success\":true}"] {
+    for tail in [
+        &b"{\"id\":\"c"[..],
+        b"\0\0\0\0",
+        b"{",
+        b"{\"id\":\"\xc3",
+        b"{\"id\":\"c\",\"success\":true}",
+    ] {
         fs::write(&path, [&whole[..], tail].concat()).unwrap();
         let output = Output::open(&path).unwrap();
         assert_eq!(output.answered().len(), 2);

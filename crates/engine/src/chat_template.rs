@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
@@ -171,7 +170,8 @@ fn chat_environment() -> Environment<'static> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, text))
         },
     );
-    environment.add_function("strftime_now", |format: &str| strftime(format, SystemTime::now()));
+    // No `strftime_now`: a prompt must not depend on the day it is computed. Templates that use it
+    // have a fixed date for where it isn't defined.
     environment
 }
 
@@ -234,82 +234,8 @@ impl serde_json::ser::Formatter for PythonFormatter {
     }
 }
 
-const MONTHS: [&str; 12] = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-];
-const DAYS: [&str; 7] =
-    ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
-
-/// A time in UTC, with the codes of `strftime` that chat templates use.
-fn strftime(format: &str, now: SystemTime) -> String {
-    let seconds = now.duration_since(UNIX_EPOCH).map_or(0, |elapsed| elapsed.as_secs());
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = civil(days);
-    let month_name = MONTHS[month as usize - 1];
-    let day_name = DAYS[(days % 7) as usize];
-    let mut text = String::new();
-    let mut characters = format.chars();
-    while let Some(character) = characters.next() {
-        if character != '%' {
-            text.push(character);
-            continue;
-        }
-        match characters.next() {
-            Some('Y') => text.push_str(&year.to_string()),
-            Some('y') => text.push_str(&format!("{:02}", year % 100)),
-            Some('m') => text.push_str(&format!("{month:02}")),
-            Some('d') => text.push_str(&format!("{day:02}")),
-            Some('B') => text.push_str(month_name),
-            Some('b') => text.push_str(&month_name[..3]),
-            Some('A') => text.push_str(day_name),
-            Some('a') => text.push_str(&day_name[..3]),
-            Some('H') => text.push_str(&format!("{:02}", second / 3600)),
-            Some('M') => text.push_str(&format!("{:02}", second / 60 % 60)),
-            Some('S') => text.push_str(&format!("{:02}", second % 60)),
-            Some(other) if other != '%' => text.extend(['%', other]),
-            _ => text.push('%'),
-        }
-    }
-    text
-}
-
-/// Year, month and day of a number of days since 1970, by counting.
-fn civil(mut days: u64) -> (u64, u64, u64) {
-    let is_leap = |year: u64| {
-        (year.is_multiple_of(4) && !year.is_multiple_of(100)) || year.is_multiple_of(400)
-    };
-    let mut year = 1970;
-    while days >= 365 + u64::from(is_leap(year)) {
-        days -= 365 + u64::from(is_leap(year));
-        year += 1;
-    }
-    let february = 28 + u64::from(is_leap(year));
-    let mut month = 1;
-    for length in [31, february, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31] {
-        if days < length {
-            break;
-        }
-        days -= length;
-        month += 1;
-    }
-    (year, month, days + 1)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn render(source: &str) -> String {
@@ -325,11 +251,10 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_those_of_the_calendar() {
-        let at = |seconds| UNIX_EPOCH + Duration::from_secs(seconds);
-        assert_eq!(strftime("%A %d %B %Y %H:%M:%S", at(0)), "Thursday 01 January 1970 00:00:00");
-        assert_eq!(strftime("%a %d %b %y", at(951_782_400)), "Tue 29 Feb 00");
-        assert_eq!(strftime("%Y-%m-%d 100%%", at(1_767_225_599)), "2025-12-31 100%");
+    fn a_prompt_does_not_depend_on_the_day() {
+        let source =
+            "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26{% endif %}";
+        assert_eq!(render(source), "26");
     }
 
     #[test]

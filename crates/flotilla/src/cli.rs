@@ -58,8 +58,9 @@ pub(crate) struct RunOptions {
     /// Workers in this process, each with a model of its own.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
     pub(crate) workers: u32,
-    /// Deliveries after which a job that keeps taking its worker down is given up.
-    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    /// Deliveries after which a job that keeps taking its worker down is given up; the last one is
+    /// alone in its worker.
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) max_attempts: u32,
 }
 
@@ -89,7 +90,7 @@ pub(crate) struct ModelOptions {
     /// Where inference runs.
     #[arg(long, value_enum, default_value_t = InferenceType::Local)]
     pub(crate) inference_type: InferenceType,
-    /// Precision to compute in.
+    /// Precision to compute in. The CPU computes in fp32 whatever is asked for.
     #[arg(long, value_enum, default_value_t = Precision::Fp32)]
     pub(crate) precision: Precision,
     /// Most sequences that a worker computes at once.
@@ -113,6 +114,12 @@ pub(crate) struct ModelOptions {
     /// Accepted for older scripts; sequences join a running batch at once, so nothing waits.
     #[arg(long, value_name = "SECONDS", hide = true)]
     pub(crate) batch_timeout: Option<f64>,
+    /// Accepted for older scripts; local inference needs no key.
+    #[arg(long, value_name = "KEY", hide = true, hide_env_values = true)]
+    pub(crate) api_key: Option<String>,
+    /// Accepted for older scripts; local inference takes --model-path.
+    #[arg(long, value_name = "NAME", hide = true)]
+    pub(crate) api_model_name: Option<String>,
 }
 
 /// Where inference runs.
@@ -127,6 +134,10 @@ pub(crate) enum InferenceType {
 pub(crate) enum Precision {
     /// 32-bit floating point.
     Fp32,
+    /// 16-bit floating point.
+    Fp16,
+    /// 16-bit floating point with the range of 32.
+    Bf16,
 }
 
 /// How answers are generated.
@@ -154,7 +165,7 @@ pub(crate) struct GenerationOptions {
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) system_prompt: Option<String>,
     /// Jinja template of the user message, with `context`, `query`, `id`, `target_api` and
-    /// `dependencies`.
+    /// `dependencies`. Its text can't be control tokens: those come from the model's chat template.
     #[arg(long, value_name = "FILE")]
     pub(crate) prompt_template: Option<PathBuf>,
 }
@@ -204,8 +215,13 @@ impl ModelOptions {
         if self.batch_timeout.is_some() {
             tracing::warn!("--batch-timeout has no effect: a sequence never waits for a batch");
         }
+        if self.api_key.is_some() || self.api_model_name.is_some() {
+            tracing::warn!("--api-key and --api-model-name have no effect on local inference");
+        }
+        if self.precision != Precision::Fp32 {
+            tracing::warn!("the CPU computes in fp32, whatever --precision says");
+        }
         let InferenceType::Local = self.inference_type;
-        let Precision::Fp32 = self.precision;
         let defaults = EngineConfig::default();
         let threads = self.threads.unwrap_or(defaults.threads).div_ceil(workers as usize);
         let config = EngineConfig {
@@ -217,7 +233,7 @@ impl ModelOptions {
             threads,
             enable_prefix_caching: !self.no_prefix_caching,
         };
-        config.validate()?;
+        config.validate().map_err(|error| Usage(error.to_string()))?;
         Ok(config)
     }
 }
@@ -246,6 +262,11 @@ impl GenerationOptions {
     }
 }
 
+/// Options that parse but can't be meant; the program ends with the exit code for wrong usage.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Usage(pub(crate) String);
+
 /// The folder of the model: the one given, or the shipped one, looked for in this folder and in
 /// those above the program.
 pub(crate) fn model_path(given: Option<&PathBuf>) -> anyhow::Result<PathBuf> {
@@ -271,18 +292,24 @@ pub(crate) fn model_path(given: Option<&PathBuf>) -> anyhow::Result<PathBuf> {
     );
 }
 
+/// Options whose value may begin with a hyphen, and is left as it is.
+const TEXT_OPTIONS: [&str; 2] = ["--stop", "--system-prompt"];
+
 /// The arguments with `_` in option names turned into `-`, as older scripts spell them.
 pub(crate) fn hyphenated(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut only_values = false;
+    let mut is_value = false;
     args.map(|arg| {
         only_values |= arg == "--";
-        match arg.to_str() {
-            Some(text) if text.starts_with("--") && !only_values => {
+        let arg = match arg.to_str() {
+            Some(text) if text.starts_with("--") && !only_values && !is_value => {
                 let (name, value) = text.split_at(text.find('=').unwrap_or(text.len()));
                 OsString::from(name.replace('_', "-") + value)
             }
             _ => arg,
-        }
+        };
+        is_value = !is_value && TEXT_OPTIONS.iter().any(|option| arg == *option);
+        arg
     })
     .collect()
 }
@@ -314,9 +341,9 @@ mod tests {
 
     #[test]
     fn underscores_of_option_names_become_hyphens_and_values_stay() {
-        let args = ["flotilla", "run", "--output_file=a_b.jsonl", "--stop", "x_y", "--", "--a_b"];
-        let hyphens =
-            ["flotilla", "run", "--output-file=a_b.jsonl", "--stop", "x_y", "--", "--a_b"];
-        assert_eq!(hyphenated(args.iter().map(OsString::from)), hyphens);
+        let args = "flotilla run --output_file=a_b.jsonl --stop --x_y --start_index 1 -- --a_b";
+        let hyphens = "flotilla run --output-file=a_b.jsonl --stop --x_y --start-index 1 -- --a_b";
+        let args = args.split(' ').map(OsString::from);
+        assert_eq!(hyphenated(args), hyphens.split(' ').collect::<Vec<_>>());
     }
 }

@@ -1,32 +1,41 @@
 //! `flotilla contexts`: a context for each query, written to a file, without a model.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use producer::{BadInput, Retriever};
-use shared::Context;
+use rustix::fs::{FlockOperation, flock};
+use shared::{Context, RetrievalMethod};
 
-use crate::cli::{self, ContextsOptions};
+use crate::cli::{self, ContextsOptions, Usage};
+use crate::files::{self, suffixed};
 use crate::rejects::Rejects;
 use crate::{FINISHED_WITH_FAILURES, telemetry};
 
+/// Between two lines that tell how far it is.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
+
 /// Runs `flotilla contexts`.
 pub(crate) fn main(options: &ContextsOptions) -> anyhow::Result<ExitCode> {
-    if options.retrieval.corpus_path.is_none() {
-        bail!("contexts are retrieved from a corpus: give --corpus-path");
+    options.retrieval.validate()?;
+    if options.retrieval.corpus_path.is_none() || options.source.contexts_file.is_some() {
+        let text = "contexts are retrieved for queries from a corpus: expected --queries-file and \
+                    --corpus-path";
+        return Err(Usage(text.to_owned()).into());
     }
+    files::check(options.source.file()?.0, &options.output_file)?;
     let tokenizer = cli::model_path(options.model_path.as_ref())?.join("tokenizer.json");
+    let mut sink = Sink::create(&options.output_file)?;
     let retriever = Retriever::open(&options.retrieval, Some(&tokenizer))?;
     let contexts = producer::contexts(&options.source, Some(Arc::new(retriever)), |_id| false)?;
     let mut rejects = Rejects::beside(&options.output_file)?;
-    let mut sink = Sink::create(&options.output_file)?;
     let started = Instant::now();
+    let mut told = started;
     let mut counts = Counts::default();
     for next in contexts {
         match next.or_else(BadInput::into_context) {
@@ -38,6 +47,11 @@ pub(crate) fn main(options: &ContextsOptions) -> anyhow::Result<ExitCode> {
                 counts.rejected += 1;
                 rejects.add(&bad);
             }
+        }
+        if told.elapsed() >= PROGRESS_INTERVAL {
+            told = Instant::now();
+            let done = counts.succeeded() + counts.failed;
+            tracing::info!("{done} done, {} failed", counts.failed);
         }
     }
     sink.finish()?;
@@ -56,12 +70,21 @@ struct Sink {
 
 impl Sink {
     fn create(path: &Path) -> anyhow::Result<Self> {
-        let special = path.metadata().is_ok_and(|metadata| !metadata.is_file());
+        // A link stays, what it points to is replaced.
+        let path = path.canonicalize().unwrap_or_else(|_new| path.to_owned());
+        let is_special = path.metadata().is_ok_and(|metadata| !metadata.is_file());
         // A pipe or device has no name to take: it is written to as it is.
-        let partial = if special { path.to_owned() } else { suffixed(path, ".partial") };
-        let file = File::options().write(true).create(true).truncate(!special).open(&partial);
-        let file = file.with_context(|| format!("cannot create {}", partial.display()))?;
-        Ok(Self { path: path.to_owned(), partial, file: BufWriter::new(file) })
+        let partial = if is_special { path.clone() } else { suffixed(&path, ".partial") };
+        let failed = || format!("cannot create {}", partial.display());
+        let file = File::options().write(true).create(true).truncate(false).open(&partial);
+        let file = file.with_context(failed)?;
+        if !is_special {
+            if flock(&file, FlockOperation::NonBlockingLockExclusive).is_err() {
+                bail!("{} is being written by another flotilla process", path.display());
+            }
+            file.set_len(0).with_context(failed)?;
+        }
+        Ok(Self { path, partial, file: BufWriter::new(file) })
     }
 
     fn write(&mut self, context: &Context) -> anyhow::Result<()> {
@@ -84,16 +107,13 @@ impl Sink {
     }
 }
 
-fn suffixed(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
-}
-
 /// What was found how.
 #[derive(Default)]
 struct Counts {
-    by_method: BTreeMap<String, u64>,
+    exact: u64,
+    by_string: u64,
+    fallback: u64,
+    nothing: u64,
     failed: u64,
     rejected: u64,
     retrieval_seconds: f64,
@@ -101,18 +121,25 @@ struct Counts {
 
 impl Counts {
     fn add(&mut self, context: &Context) {
-        if context.success {
-            let method = format!("{:?}", context.retrieval_method);
-            *self.by_method.entry(method).or_default() += 1;
-            self.retrieval_seconds += context.retrieval_time;
-        } else {
+        if !context.success {
             self.failed += 1;
+            return;
         }
+        self.retrieval_seconds += context.retrieval_time;
+        *match context.retrieval_method {
+            RetrievalMethod::ExactApiMatch => &mut self.exact,
+            RetrievalMethod::RagStringMatch => &mut self.by_string,
+            RetrievalMethod::RagFallback => &mut self.fallback,
+            RetrievalMethod::None => &mut self.nothing,
+        } += 1;
+    }
+
+    fn succeeded(&self) -> u64 {
+        self.exact + self.by_string + self.fallback + self.nothing
     }
 
     fn statistics(&self, elapsed: f64) -> String {
-        let found: u64 = self.by_method.values().sum();
-        let of = |method: &str| self.by_method.get(method).copied().unwrap_or(0);
+        let succeeded = self.succeeded();
         let mut text = format!(
             "CONTEXT GENERATION STATISTICS\n{}\n\
              Total samples processed: {}\n\
@@ -122,15 +149,15 @@ impl Counts {
              Nothing found: {}\n\
              Errors: {}\n",
             "=".repeat(60),
-            found + self.failed,
-            of("ExactApiMatch"),
-            of("RagStringMatch"),
-            of("RagFallback"),
-            of("None"),
+            succeeded + self.failed,
+            self.exact,
+            self.by_string,
+            self.fallback,
+            self.nothing,
             self.failed + self.rejected,
         );
-        if found > 0 {
-            let average = 1e3 * self.retrieval_seconds / found as f64;
+        if succeeded > 0 {
+            let average = 1e3 * self.retrieval_seconds / succeeded as f64;
             text += &format!("Average retrieval time: {average:.2}ms\n");
         }
         text + &format!("Elapsed time: {elapsed:.2}s\n")

@@ -3,6 +3,7 @@
 mod bench;
 mod cli;
 mod contexts;
+mod files;
 mod progress;
 mod rejects;
 mod run;
@@ -17,6 +18,8 @@ use cli::{Cli, Command};
 
 /// The command failed; what it had done is kept.
 const FAILED: u8 = 1;
+/// The options can't be meant; what clap says too.
+const WRONG_USAGE: u8 = 2;
 /// Everything has its line, but some jobs failed or some input could not be read.
 const FINISHED_WITH_FAILURES: u8 = 3;
 /// Interrupted by a signal: what a shell reports for SIGINT.
@@ -34,7 +37,11 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             telemetry::complain(&format!("{error:#}"));
-            ExitCode::from(FAILED)
+            ExitCode::from(if is_usage(&error) { WRONG_USAGE } else { FAILED })
         }
     }
+}
+
+fn is_usage(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(producer::Error::Config(_))) || error.is::<cli::Usage>()
 }

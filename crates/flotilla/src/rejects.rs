@@ -8,10 +8,12 @@ use anyhow::Context;
 use producer::BadInput;
 use serde::Serialize;
 
+use crate::files::suffixed;
+
 /// Bad input also shown on stderr.
 const MAX_SHOWN: u64 = 10;
 
-/// `<output>.rejected.jsonl`: a line `{file, line, id, reason}` for each. There is no file where
+/// `<output>.rejected.jsonl`: a line `{file, line, reason}` for each. There is no file where
 /// there is nothing to report.
 pub(crate) struct Rejects {
     path: PathBuf,
@@ -24,16 +26,13 @@ pub(crate) struct Rejects {
 struct Reject<'a> {
     file: String,
     line: u64,
-    id: Option<&'a str>,
     reason: &'a str,
 }
 
 impl Rejects {
     /// The report's path for this output.
     pub(crate) fn path(output_file: &Path) -> PathBuf {
-        let mut name = output_file.as_os_str().to_owned();
-        name.push(".rejected.jsonl");
-        PathBuf::from(name)
+        suffixed(output_file, ".rejected.jsonl")
     }
 
     /// An empty report beside `output_file`, in place of an earlier run's.
@@ -65,12 +64,8 @@ impl Rejects {
             Some(file) => file,
             None => self.file.insert(BufWriter::new(File::create(&self.path)?)),
         };
-        let reject = Reject {
-            file: bad.file.display().to_string(),
-            line: bad.line,
-            id: bad.id.as_ref().map(|id| id.0.as_str()),
-            reason: &bad.reason,
-        };
+        let reject =
+            Reject { file: bad.file.display().to_string(), line: bad.line, reason: &bad.reason };
         serde_json::to_writer(&mut *file, &reject)?;
         file.write_all(b"\n")
     }

@@ -18,6 +18,7 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::RunOptions;
+use crate::files;
 use crate::progress::Progress;
 use crate::rejects::Rejects;
 use crate::statistics::Statistics;
@@ -25,8 +26,9 @@ use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, telemetry};
 
 /// Jobs that wait in memory for a worker: enough that no slot stays free, few enough to be small.
 const QUEUE_CAPACITY: usize = 256;
-/// How long a worker may be silent before its jobs go to another.
-const LEASE: Duration = Duration::from_secs(60);
+/// How long a worker may be silent before its jobs go to another. Long, since a step of a large model
+/// on a small machine is slow, and an engine that died says so without it.
+const LEASE: Duration = Duration::from_secs(600);
 
 /// The two queues of a run.
 #[derive(Clone)]
@@ -44,7 +46,8 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
         system_prompt: options.generation.system_prompt.clone(),
         generation: options.generation.generation(),
     };
-    producer::probe(&options.source)?;
+    options.retrieval.validate()?;
+    files::check(options.source.file()?.0, &options.output_file)?;
     let mut output = Output::open(&options.output_file)?;
     let contexts = contexts(options, &engine, &output)?;
     let mut rejects = Rejects::beside(&options.output_file)?;
@@ -69,11 +72,11 @@ fn contexts(
     output: &Output,
 ) -> anyhow::Result<impl Iterator<Item = Result<Context, BadInput>> + Send + use<>> {
     let retriever = match &options.retrieval.corpus_path {
-        Some(_) => {
+        Some(_) if options.source.contexts_file.is_none() => {
             let tokenizer = engine.model_path.join("tokenizer.json");
             Some(Arc::new(Retriever::open(&options.retrieval, Some(&tokenizer))?))
         }
-        None => None,
+        _ => None,
     };
     let answered = output.answered().clone();
     if !answered.is_empty() {
@@ -103,16 +106,21 @@ async fn answer_all(
         outcomes: MemoryQueue::new(QUEUE_CAPACITY, LEASE),
     };
     let shutdown = CancellationToken::new();
+    let unwritable = CancellationToken::new();
     let (tell_end, end) = watch::channel(End::Open);
     let interruption = interruption()?;
     let (tell_total, total) = watch::channel(None);
     let workers = start_workers(options, engine, &queues, &shutdown);
     let mut progress = Progress::start(total);
-    let (source, num_answered) = (options.source.clone(), output.answered().len() as u64);
-    tokio::task::spawn_blocking(move || {
-        // Without a total there is no time left to tell, and nothing else is lost.
-        let total = producer::count(&source).ok();
-        tell_total.send_replace(total.map(|total| total.saturating_sub(num_answered)));
+    tokio::task::spawn_blocking({
+        let source = options.source.clone();
+        // What a slice of the input has left can't be told from the number of lines.
+        let is_whole = source.start_index == 0 && source.max_samples.is_none();
+        let num_answered = if is_whole { output.answered().len() as u64 } else { 0 };
+        move || {
+            let total = producer::count(&source);
+            tell_total.send_replace(total.map(|total| total.saturating_sub(num_answered)));
+        }
     });
 
     let producing = async {
@@ -133,19 +141,24 @@ async fn answer_all(
     };
     let collecting = async {
         let collected = collector::run(&queues.outcomes, output, end, &mut progress).await;
+        if collected.is_err() {
+            unwritable.cancel();
+        }
         // Nothing more is wanted, whether all is written or nothing can be.
         shutdown.cancel();
         collected
     };
-    let supervising = supervise(workers, &interruption, &shutdown, &tell_end);
+    let signals = Signals { interruption: &interruption, unwritable: &unwritable };
+    let supervising = supervise(workers, signals, &shutdown, &tell_end);
     let (published, collected, supervised) = tokio::join!(producing, collecting, supervising);
     let (report, elapsed) = progress.finish();
-    telemetry::print(&report.statistics(elapsed).to_string())?;
+    let printed = telemetry::print(&report.statistics(elapsed).to_string());
+    collected?;
+    supervised?;
     if let Some(path) = &options.statistics_file {
         Statistics::of(&report, elapsed).write(path)?;
     }
-    collected?;
-    supervised?;
+    printed.context("cannot write to stdout")?;
     Ok(Done { published: published?, interrupted: interruption.is_cancelled() })
 }
 
@@ -171,11 +184,20 @@ fn start_workers(
     workers
 }
 
+/// What cuts a run short.
+#[derive(Clone, Copy)]
+struct Signals<'a> {
+    /// The user wants it to end once the running jobs are done.
+    interruption: &'a CancellationToken,
+    /// Nothing can be written any more.
+    unwritable: &'a CancellationToken,
+}
+
 /// Waits for the workers to end. One that cannot go on leaves its jobs to the others; when none is
 /// left, the run ends with what is written, and the error of the first.
 async fn supervise(
     mut workers: Workers,
-    interruption: &CancellationToken,
+    signals: Signals<'_>,
     shutdown: &CancellationToken,
     tell_end: &watch::Sender<End>,
 ) -> anyhow::Result<()> {
@@ -183,7 +205,12 @@ async fn supervise(
     loop {
         let joined = tokio::select! {
             joined = workers.join_next() => joined,
-            () = interruption.cancelled(), if !shutdown.is_cancelled() => {
+            // Their answers have nowhere to go, so nothing is worth waiting for.
+            () = signals.unwritable.cancelled() => {
+                workers.shutdown().await;
+                break;
+            }
+            () = signals.interruption.cancelled(), if !shutdown.is_cancelled() => {
                 tracing::warn!("stopping once the running jobs are done; interrupt again to stop at once");
                 shutdown.cancel();
                 continue;

@@ -8,7 +8,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use engine::{Engine, EngineConfig, PromptFormat, Request, SamplingParams, StepOutput, TokenId};
+use engine::{
+    Engine, EngineConfig, Finished, PromptFormat, Request, SamplingParams, StepOutput, TokenId,
+};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::Error;
@@ -20,20 +22,15 @@ struct Submission {
     reply: oneshot::Sender<Result<Finished, String>>,
 }
 
-/// A completion.
-pub(crate) struct Finished {
-    pub(crate) text: String,
-    pub(crate) finish_reason: engine::FinishReason,
-    pub(crate) prompt_tokens: usize,
-    pub(crate) completion_tokens: usize,
-}
-
 /// Why there is no completion.
 pub(crate) enum Failure {
     /// This prompt can never be completed.
     Rejected(String),
     /// The engine is gone.
-    Down,
+    Down {
+        /// Whether it was this prompt's when it went.
+        held: bool,
+    },
 }
 
 /// A handle to the thread. Dropping it ends the thread once it has finished its current step.
@@ -54,13 +51,36 @@ struct Facts {
 impl EngineThread {
     /// Starts the thread and waits until it has loaded the model.
     pub(crate) async fn start(config: EngineConfig) -> Result<Self, Error> {
+        Self::start_watched(config, |_engine, _submission| ()).await
+    }
+
+    /// An engine that panics when a prompt contains `poison`.
+    #[cfg(test)]
+    pub(crate) async fn start_poisonable(
+        config: EngineConfig,
+        poison: &'static str,
+    ) -> Result<Self, Error> {
+        let watch = move |engine: &Engine, submission: &Submission| {
+            let text = engine.tokenizer().decode(&submission.prompt).unwrap_or_default();
+            assert!(!text.contains(poison), "poisoned");
+        };
+        Self::start_watched(config, watch).await
+    }
+
+    /// Calls `watch` for each submission before the engine gets it.
+    async fn start_watched(
+        config: EngineConfig,
+        watch: impl Fn(&Engine, &Submission) + Send + 'static,
+    ) -> Result<Self, Error> {
         let (submissions, inbox) = mpsc::channel(config.max_num_seqs.max(1));
         let (loaded, facts) = oneshot::channel();
         let progress = Arc::new(AtomicU64::new(0));
         let thread_progress = Arc::clone(&progress);
         let main = move || {
             let Some(mut engine) = load(&config, loaded) else { return };
-            let turn = AssertUnwindSafe(|| turn_until_closed(&mut engine, inbox, &thread_progress));
+            let turn = AssertUnwindSafe(|| {
+                turn_until_closed(&mut engine, inbox, (&thread_progress, &watch))
+            });
             match catch_unwind(turn) {
                 Ok(Ok(())) => {}
                 Ok(Err(error)) => tracing::error!(%error, "the engine failed"),
@@ -69,7 +89,7 @@ impl EngineThread {
         };
         std::thread::Builder::new().name("engine".into()).spawn(main).map_err(Error::Thread)?;
         // A panic while loading drops the sender.
-        let facts = facts.await.map_err(|_closed| Error::Engine)?.map_err(Error::Load)?;
+        let facts = facts.await.map_err(|_closed| Error::LoadPanicked)?.map_err(Error::Load)?;
         Ok(Self { submissions, facts, progress })
     }
 
@@ -111,8 +131,17 @@ impl EngineThread {
     ) -> Result<Finished, Failure> {
         let (reply, finished) = oneshot::channel();
         let submission = Submission { prompt, sampling, reply };
-        self.submissions.send(submission).await.map_err(|_closed| Failure::Down)?;
-        finished.await.map_err(|_closed| Failure::Down)?.map_err(Failure::Rejected)
+        if self.submissions.send(submission).await.is_err() {
+            return Err(Failure::Down { held: false });
+        }
+        match finished.await {
+            Ok(result) => result.map_err(Failure::Rejected),
+            Err(_closed) => {
+                // Until the inbox is closed too, another prompt could seem to be the engine's.
+                self.down().await;
+                Err(Failure::Down { held: true })
+            }
+        }
     }
 }
 
@@ -144,23 +173,28 @@ type Replies = HashMap<u64, oneshot::Sender<Result<Finished, String>>>;
 fn turn_until_closed(
     engine: &mut Engine,
     mut inbox: mpsc::Receiver<Submission>,
-    progress: &AtomicU64,
+    (progress, watch): (&AtomicU64, &impl Fn(&Engine, &Submission)),
 ) -> Result<(), engine::Error> {
     let mut replies = Replies::new();
     let mut next_id = 0;
     loop {
         if !engine.has_unfinished() {
             match inbox.blocking_recv() {
-                Some(submission) => add(engine, &mut replies, &mut next_id, submission),
+                Some(submission) => {
+                    watch(engine, &submission);
+                    add(engine, &mut replies, &mut next_id, submission);
+                }
                 None => return Ok(()),
             }
         }
         while let Ok(submission) = inbox.try_recv() {
+            watch(engine, &submission);
             add(engine, &mut replies, &mut next_id, submission);
         }
         if inbox.is_closed() && inbox.is_empty() {
             return Ok(());
         }
+        abort_unawaited(engine, &mut replies);
         for output in engine.step()? {
             settle(&mut replies, output);
         }
@@ -179,17 +213,20 @@ fn add(engine: &mut Engine, replies: &mut Replies, next_id: &mut u64, submission
     }
 }
 
+/// Ends what nobody waits for any more: jobs whose lease was lost.
+fn abort_unawaited(engine: &mut Engine, replies: &mut Replies) {
+    replies.retain(|&id, reply| {
+        let awaited = !reply.is_closed();
+        if !awaited {
+            engine.abort(id);
+        }
+        awaited
+    });
+}
+
 fn settle(replies: &mut Replies, output: StepOutput) {
     let (id, result) = match output {
-        StepOutput::Finished(done) => {
-            let finished = Finished {
-                text: done.text,
-                finish_reason: done.finish_reason,
-                prompt_tokens: done.prompt_tokens,
-                completion_tokens: done.completion_tokens,
-            };
-            (done.id, Ok(finished))
-        }
+        StepOutput::Finished(finished) => (finished.id, Ok(finished)),
         StepOutput::Failed { id, reason } => (id, Err(reason)),
     };
     if let Some(reply) = replies.remove(&id) {

@@ -8,6 +8,7 @@ mod engine_thread;
 mod prompt;
 mod serve;
 
+use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -19,12 +20,13 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use engine_thread::EngineThread;
-use serve::Server;
+use serve::{MAX_RENDERING, Server};
 
 /// How long one pull waits for jobs before it looks around.
 const PULL_WAIT: Duration = Duration::from_secs(5);
-/// Engine failures in a row, without an answer between them, after which the worker gives up.
-const MAX_ENGINE_FAILURES: u32 = 8;
+/// Engine failures in a row, without an outcome between them, after which the worker gives up: that
+/// many more than what it takes to give up a single job.
+const SPARE_ENGINE_FAILURES: u32 = 3;
 
 /// Settings of one worker.
 #[derive(Clone, Debug)]
@@ -33,7 +35,8 @@ pub struct Config {
     pub rank: u32,
     /// The engine's settings.
     pub engine: EngineConfig,
-    /// Deliveries after which a job that keeps failing is given up.
+    /// Deliveries after which a job that keeps taking the engine down is given up, at least 2: the
+    /// last one is alone in the engine.
     pub max_attempts: u32,
 }
 
@@ -43,9 +46,12 @@ pub enum Error {
     /// The engine could not be loaded.
     #[error("cannot load the model")]
     Load(#[source] engine::Error),
+    /// The engine panicked before it was ready.
+    #[error("the engine panicked while it loaded the model")]
+    LoadPanicked,
     /// The engine failed again and again.
-    #[error("the engine failed {MAX_ENGINE_FAILURES} times in a row")]
-    Engine,
+    #[error("the engine failed {0} times in a row without an answer between them")]
+    Engine(u32),
     /// The operating system gave no thread for the engine.
     #[error("cannot start the engine's thread")]
     Thread(#[source] std::io::Error),
@@ -64,8 +70,22 @@ pub async fn run<J: Queue<Job>, O: Queue<Settled>>(
     shutdown: CancellationToken,
     ready: impl FnOnce(&str) + Send,
 ) -> Result<(), Error> {
-    let mut engine = EngineThread::start(config.engine.clone()).await?;
+    let start = || EngineThread::start(config.engine.clone());
+    let engine = start().await?;
     ready(engine.model_name());
+    run_engines(&config, (engine, start), (jobs, outcomes), shutdown).await
+}
+
+/// Serves with `engine`, and with another from `start` whenever one goes down.
+async fn run_engines<J: Queue<Job>, O: Queue<Settled>, F>(
+    config: &Config,
+    (mut engine, start): (EngineThread, impl Fn() -> F),
+    (jobs, outcomes): (J, O),
+    shutdown: CancellationToken,
+) -> Result<(), Error>
+where
+    F: Future<Output = Result<EngineThread, Error>>,
+{
     let mut failures = 0;
     loop {
         let server = Arc::new(Server {
@@ -74,22 +94,23 @@ pub async fn run<J: Queue<Job>, O: Queue<Settled>>(
             engine,
             outcomes: outcomes.clone(),
             alone: RwLock::new(()),
+            rendering: Semaphore::new(MAX_RENDERING),
         });
-        let answered = serve_until_down(&server, &jobs, &shutdown).await?;
+        let settled_any = serve_until_down(&server, &jobs, &shutdown).await?;
         if shutdown.is_cancelled() {
             return Ok(());
         }
-        failures = if answered { 1 } else { failures + 1 };
-        if failures >= MAX_ENGINE_FAILURES {
-            return Err(Error::Engine);
+        failures = if settled_any { 1 } else { failures + 1 };
+        if failures >= config.max_attempts.saturating_add(SPARE_ENGINE_FAILURES) {
+            return Err(Error::Engine(failures));
         }
         tracing::warn!(worker = config.rank, failures, "the engine went down; starting it again");
-        engine = EngineThread::start(config.engine.clone()).await?;
+        engine = start().await?;
     }
 }
 
 /// Serves until the shutdown or until the engine is down, then lets the jobs it holds settle;
-/// whether any of them was answered.
+/// whether any of them was settled.
 async fn serve_until_down<J: Queue<Job>, O: Queue<Settled>>(
     server: &Arc<Server<O>>,
     jobs: &J,
@@ -98,7 +119,7 @@ async fn serve_until_down<J: Queue<Job>, O: Queue<Settled>>(
     let capacity = server.engine.capacity();
     let slots = Arc::new(Semaphore::new(capacity));
     let mut held = JoinSet::new();
-    let mut answered = false;
+    let mut settled_any = false;
     loop {
         let free = tokio::select! {
             () = shutdown.cancelled() => break,
@@ -120,11 +141,124 @@ async fn serve_until_down<J: Queue<Job>, O: Queue<Settled>>(
             });
         }
         while let Some(joined) = held.try_join_next() {
-            answered |= joined.unwrap_or(false);
+            settled_any |= joined.unwrap_or(false);
         }
     }
     while let Some(joined) = held.join_next().await {
-        answered |= joined.unwrap_or(false);
+        settled_any |= joined.unwrap_or(false);
     }
-    Ok(answered)
+    Ok(settled_any)
+}
+
+#[cfg(test)]
+mod tests {
+    use shared::queue::conformance::job;
+    use shared::{Delivery, MemoryQueue, Outcome};
+
+    use super::*;
+
+    const POISON: &str = "poison";
+    const LEASE: Duration = Duration::from_secs(600);
+
+    fn config(max_attempts: u32) -> Config {
+        let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../engine/tests/fixtures/llama-mha");
+        let engine = EngineConfig { model_path: fixture.into(), ..EngineConfig::default() };
+        Config { rank: 3, engine, max_attempts }
+    }
+
+    /// Jobs `0` to `num_jobs - 1`, of which those in `poison` take the engine down; their outcomes.
+    async fn outcomes_of(num_jobs: usize, poison: &[usize], max_attempts: u32) -> Vec<Settled> {
+        let (jobs, outcomes) = (MemoryQueue::new(1_000, LEASE), MemoryQueue::new(1_000, LEASE));
+        for number in 0..num_jobs {
+            let mut job = job(&number.to_string());
+            if poison.contains(&number) {
+                job.context.query = POISON.to_owned();
+            }
+            jobs.publish(job).await.unwrap();
+        }
+        let shutdown = CancellationToken::new();
+        let config = config(max_attempts);
+        let start = || EngineThread::start_poisonable(config.engine.clone(), POISON);
+        let engine = start().await.unwrap();
+        let queues = (jobs.clone(), outcomes.clone());
+        let working = run_engines(&config, (engine, start), queues, shutdown.clone());
+        let collecting = async {
+            let mut settled = Vec::new();
+            while settled.len() < num_jobs {
+                for delivery in outcomes.pull(num_jobs, LEASE).await.unwrap() {
+                    settled.push(delivery.message().clone());
+                    delivery.ack().await.unwrap();
+                }
+            }
+            shutdown.cancel();
+            settled
+        };
+        let (worked, settled) = tokio::join!(working, collecting);
+        worked.unwrap();
+        assert!(jobs.is_empty(), "every job is settled");
+        settled
+    }
+
+    fn failed(settled: &[Settled]) -> Vec<(&str, &str, u32)> {
+        let failed = settled.iter().filter_map(|settled| match &settled.outcome {
+            Outcome::Completed(_) => None,
+            Outcome::Failed(reason) => {
+                Some((settled.context.id.0.as_str(), reason.as_str(), settled.attempts))
+            }
+        });
+        failed.collect()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn jobs_that_take_the_engine_down_harm_no_other() {
+        let settled = outcomes_of(40, &[7, 21], 3).await;
+        let mut ids: Vec<&str> = settled.iter().map(|s| s.context.id.0.as_str()).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        assert_eq!(ids.len(), 40);
+        let mut failed = failed(&settled);
+        failed.sort_unstable();
+        let guilty: Vec<&str> = failed.iter().map(|(id, ..)| *id).collect();
+        assert_eq!(guilty, ["21", "7"], "{failed:?}");
+        for (_, reason, attempts) in failed {
+            assert!(reason.ends_with("with no other job in it") && attempts >= 3, "{reason}");
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_single_poisonous_job_is_given_up_and_the_worker_goes_on() {
+        for max_attempts in [2, 12] {
+            let settled = outcomes_of(1, &[0], max_attempts).await;
+            assert_eq!(failed(&settled).len(), 1);
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_prompt_that_cannot_fit_is_rejected_and_its_mates_are_answered() {
+        let (jobs, outcomes) = (MemoryQueue::new(10, LEASE), MemoryQueue::new(10, LEASE));
+        let mut long = job("long");
+        long.context.query = "many words ".repeat(10_000);
+        jobs.publish(long).await.unwrap();
+        jobs.publish(job("short")).await.unwrap();
+        let shutdown = CancellationToken::new();
+        let working = run(config(5), jobs.clone(), outcomes.clone(), shutdown.clone(), |_| ());
+        let collecting = async {
+            let mut settled = Vec::new();
+            while settled.len() < 2 {
+                let delivery = outcomes.pull(1, LEASE).await.unwrap().remove(0);
+                settled.push(delivery.message().clone());
+                delivery.ack().await.unwrap();
+            }
+            shutdown.cancel();
+            settled
+        };
+        let (worked, settled) = tokio::join!(working, collecting);
+        worked.unwrap();
+        let failed = failed(&settled);
+        assert_eq!((failed.len(), failed[0].0), (1, "long"));
+        assert!(failed[0].1.contains("window"), "{failed:?}");
+        let dead: Vec<String> =
+            jobs.dead_letters().into_iter().map(|dead| dead.message.id().0.clone()).collect();
+        assert_eq!(dead, ["long"]);
+    }
 }

@@ -23,7 +23,7 @@ pub(crate) struct Rendered {
 
 /// Renders `job` for a model whose window holds `window` tokens; the reason if it can't fit.
 ///
-/// The context is cut, at the end of a line if one fits, so that `max_new_tokens` or a quarter of
+/// The context is cut, at the end of a line if one is near, so that `max_new_tokens` or a quarter of
 /// the window, whichever is less, stays free for the answer. What surrounds the context is never
 /// cut.
 pub(crate) fn render(format: &PromptFormat, job: &Job, window: usize) -> Result<Rendered, String> {
@@ -48,9 +48,12 @@ pub(crate) fn render(format: &PromptFormat, job: &Job, window: usize) -> Result<
             "the prompt has {length} tokens even without its context, the window only {window}"
         ));
     }
-    let truncated = !context.is_empty();
-    let kept = prompt.longest_fitting(context, max_bytes, room)?.unwrap_or(without);
-    Ok(Rendered { context_truncated: truncated, ..kept })
+    if context.is_empty() || without.token_ids.len() >= room {
+        return Ok(Rendered { context_truncated: !context.is_empty(), ..without });
+    }
+    let head = &context[..context.floor_char_boundary(max_bytes)];
+    let kept = prompt.longest_fitting(head, room)?.unwrap_or(without);
+    Ok(Rendered { context_truncated: true, ..kept })
 }
 
 fn template(format: &PromptFormat, job: &Job) -> Result<UserTemplate, String> {
@@ -84,44 +87,28 @@ impl Prompt<'_> {
         Ok(Rendered { text_sha256, token_ids: prompt.token_ids, context_truncated: false })
     }
 
-    /// The prompt with the longest head of `context` that fits `room`, ending at a line end if
-    /// one fits, else inside the first line; `None` if not even one character does.
-    fn longest_fitting(
-        &self,
-        context: &str,
-        max_bytes: usize,
-        room: usize,
-    ) -> Result<Option<Rendered>, String> {
-        let head = &context[..context.floor_char_boundary(max_bytes)];
-        let line_ends: Vec<usize> = head.match_indices('\n').map(|(at, _)| at).collect();
-        if let Some(kept) = self.last_fitting(head, &line_ends, room)? {
-            return Ok(Some(kept));
-        }
-        let first_line = &head[..line_ends.first().copied().unwrap_or(head.len())];
-        let char_ends: Vec<usize> =
-            first_line.char_indices().map(|(at, c)| at + c.len_utf8()).collect();
-        self.last_fitting(head, &char_ends, room)
-    }
-
-    /// The prompt with `context` up to the last of `ends` that fits, by bisection.
-    fn last_fitting(
-        &self,
-        context: &str,
-        ends: &[usize],
-        room: usize,
-    ) -> Result<Option<Rendered>, String> {
-        let (mut low, mut high) = (0, ends.len());
+    /// The prompt with the longest head of `context` that fits `room`, ending at a line end where
+    /// that costs less than half of it; `None` if not even one character fits.
+    fn longest_fitting(&self, context: &str, room: usize) -> Result<Option<Rendered>, String> {
+        let fitting = |end: usize| {
+            let rendered = self.with_context(&context[..end])?;
+            Ok::<_, String>(Some(rendered).filter(|rendered| rendered.token_ids.len() <= room))
+        };
+        let (mut fits, mut too_long) = (0, context.len() + 1);
         let mut best = None;
-        while low < high {
-            let middle = low.midpoint(high);
-            let rendered = self.with_context(&context[..ends[middle]])?;
-            if rendered.token_ids.len() <= room {
-                best = Some(rendered);
-                low = middle + 1;
-            } else {
-                high = middle;
+        while too_long - fits > 1 {
+            let middle = fits.midpoint(too_long);
+            match fitting(context.floor_char_boundary(middle))? {
+                Some(rendered) => (fits, best) = (middle, Some(rendered)),
+                None => too_long = middle,
             }
         }
-        Ok(best)
+        let end = context.floor_char_boundary(fits);
+        let line_end = context[..end].rfind('\n').filter(|at| at * 2 >= end);
+        // Fewer characters can be more tokens, where the cut splits what was one token.
+        match line_end.map(fitting).transpose()?.flatten() {
+            Some(rendered) => Ok(Some(rendered)),
+            None => Ok(best),
+        }
     }
 }

@@ -10,7 +10,7 @@ use shared::{
     Completed, Delivery, FinishReason, Generation, Job, Outcome, Queue, QueueError, Settled,
     WIRE_VERSION,
 };
-use tokio::sync::RwLock;
+use tokio::sync::{RwLock, Semaphore};
 use tokio::time::Instant;
 
 use crate::engine_thread::{EngineThread, Failure};
@@ -21,6 +21,9 @@ const RETRY_DELAY: Duration = Duration::from_millis(500);
 /// How long a job of a newer wire version rests, until a newer worker may take it.
 const NEWER_VERSION_DELAY: Duration = Duration::from_secs(30);
 
+/// Prompts rendered at a time: tokenising one takes many times its text in memory.
+pub(crate) const MAX_RENDERING: usize = 4;
+
 /// What all jobs of one worker share while its engine lives.
 pub(crate) struct Server<O> {
     pub(crate) rank: u32,
@@ -30,6 +33,8 @@ pub(crate) struct Server<O> {
     /// Jobs on their last delivery hold it alone, all others together: if one of them takes the
     /// engine down, it harms nobody else, and it is known which one it was.
     pub(crate) alone: RwLock<()>,
+    /// [`MAX_RENDERING`] permits.
+    pub(crate) rendering: Semaphore,
 }
 
 impl<O: Queue<Settled>> Server<O> {
@@ -59,7 +64,7 @@ impl<O: Queue<Settled>> Server<O> {
         let outcome = match answer {
             Ok(completed) => Outcome::Completed(completed),
             Err(Failure::Rejected(reason)) => Outcome::Failed(reason),
-            Err(Failure::Down) => {
+            Err(Failure::Down { .. }) => {
                 delivery.retry(RETRY_DELAY).await?;
                 return Ok(false);
             }
@@ -92,22 +97,20 @@ impl<O: Queue<Settled>> Server<O> {
 
     /// Renders and completes one job.
     async fn answer(&self, job: &Job, attempt: u32) -> Result<Completed, Failure> {
-        if attempt > self.max_attempts {
-            let reason = format!("gave up after {} deliveries", self.max_attempts);
-            return Err(Failure::Rejected(reason));
-        }
-        if let Some(error) = job.context.error.as_ref().filter(|_| !job.context.success) {
-            return Err(Failure::Rejected(format!("no context: {error}")));
-        }
         let rendered = self.render(job).await?;
         let Rendered { text_sha256, token_ids, context_truncated } = rendered;
         let sampling = sampling_params(&job.generation);
-        let completion = if attempt == self.max_attempts {
-            let _alone = self.alone.write().await;
-            self.engine.complete(token_ids, sampling).await
-        } else {
+        let completion = if attempt < self.max_attempts {
             let _with_others = self.alone.read().await;
             self.engine.complete(token_ids, sampling).await
+        } else {
+            let _alone = self.alone.write().await;
+            self.engine.complete(token_ids, sampling).await.map_err(|failure| match failure {
+                Failure::Down { held: true } => Failure::Rejected(format!(
+                    "the engine went down on it in delivery {attempt}, with no other job in it"
+                )),
+                other => other,
+            })
         };
         let finished = completion?;
         Ok(Completed {
@@ -127,11 +130,13 @@ impl<O: Queue<Settled>> Server<O> {
     async fn render(&self, job: &Job) -> Result<Rendered, Failure> {
         let format = self.engine.format().clone();
         let (job, window) = (job.clone(), self.engine.max_model_len());
+        // Never closed; without a permit the job would only use more memory.
+        let _permit = self.rendering.acquire().await;
         let rendered =
             tokio::task::spawn_blocking(move || prompt::render(&format, &job, window)).await;
         match rendered {
             Ok(rendered) => rendered.map_err(Failure::Rejected),
-            Err(_panic) => Err(Failure::Rejected("the prompt could not be rendered".to_owned())),
+            Err(panic) => Err(Failure::Rejected(format!("rendering the prompt: {panic}"))),
         }
     }
 

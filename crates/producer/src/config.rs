@@ -153,3 +153,21 @@ pub struct SourceConfig {
     #[arg(long, value_name = "N")]
     pub max_samples: Option<u64>,
 }
+
+impl SourceConfig {
+    /// The file to read, and whether it holds finished contexts.
+    pub fn file(&self) -> Result<(&PathBuf, bool), Error> {
+        match (&self.queries_file, &self.contexts_file) {
+            (Some(file), None) => Ok((file, false)),
+            (None, Some(file)) => Ok((file, true)),
+            (None, None) => {
+                let text = "expected --queries-file or --contexts-file, given neither";
+                Err(Error::Config(text.to_owned()))
+            }
+            (Some(_), Some(_)) => {
+                let text = "expected either --queries-file or --contexts-file, given both";
+                Err(Error::Config(text.to_owned()))
+            }
+        }
+    }
+}

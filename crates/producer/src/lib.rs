@@ -20,5 +20,5 @@ pub use config::{CorpusType, EmbeddingSource, RetrievalConfig, SourceConfig};
 pub use error::Error;
 pub use publish::{JobTemplate, Published, publish};
 pub use retrieve::Retriever;
-pub use source::{BadInput, Contexts, contexts, count, probe};
+pub use source::{BadInput, Contexts, contexts, count};
 pub use tokens::TokenCounter;

@@ -7,6 +7,7 @@ use shared::{
     Context, Generation, Job, Outcome, Queue, QueueError, RunId, Settled, WIRE_VERSION, job_seed,
 };
 use tokio::sync::mpsc;
+use tokio::task::{JoinError, JoinHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::BadInput;
@@ -41,7 +42,8 @@ impl JobTemplate {
     }
 
     fn failed(&self, context: Context) -> Settled {
-        let reason = context.error.clone().unwrap_or_default();
+        let unnamed = || "its context failed without naming an error".to_owned();
+        let reason = context.error.clone().unwrap_or_else(unnamed);
         Settled {
             version: WIRE_VERSION,
             run: self.run.clone(),
@@ -54,6 +56,17 @@ impl JobTemplate {
             outcome: Outcome::Failed(reason),
         }
     }
+}
+
+/// Why publishing ended before the input did. What is published stays published.
+#[derive(Debug, thiserror::Error)]
+pub enum PublishError {
+    /// A queue failed.
+    #[error("cannot publish a job")]
+    Queue(#[from] QueueError),
+    /// The thread that reads and retrieves panicked.
+    #[error("reading the input broke off")]
+    Reader(#[from] JoinError),
 }
 
 /// What became of the input.
@@ -83,13 +96,13 @@ pub async fn publish<J: Queue<Job>, O: Queue<Settled>>(
     (jobs, outcomes): (&J, &O),
     shutdown: &CancellationToken,
     report: &mut impl FnMut(&BadInput),
-) -> Result<Published, QueueError> {
-    let mut inbox = read_ahead(contexts);
+) -> Result<Published, PublishError> {
+    let (mut inbox, reader) = read_ahead(contexts);
     let mut published = Published::default();
     loop {
         let publishing = async {
             let Some(next) = inbox.recv().await else {
-                return Ok(false);
+                return Ok::<_, QueueError>(false);
             };
             match next.or_else(BadInput::into_context) {
                 Ok(context) if context.success => {
@@ -114,6 +127,7 @@ pub async fn publish<J: Queue<Job>, O: Queue<Settled>>(
             more = publishing => more?,
         };
         if !more {
+            reader.await?;
             return Ok(published);
         }
     }
@@ -122,9 +136,9 @@ pub async fn publish<J: Queue<Job>, O: Queue<Settled>>(
 /// Reads and retrieves on a thread of its own, a bounded number ahead.
 fn read_ahead(
     contexts: impl Iterator<Item = Result<Context, BadInput>> + Send + 'static,
-) -> mpsc::Receiver<Result<Context, BadInput>> {
+) -> (mpsc::Receiver<Result<Context, BadInput>>, JoinHandle<()>) {
     let (sender, inbox) = mpsc::channel(READ_AHEAD);
-    tokio::task::spawn_blocking(move || {
+    let reader = tokio::task::spawn_blocking(move || {
         for context in contexts {
             // The receiver is gone when the run is over.
             if sender.blocking_send(context).is_err() {
@@ -132,5 +146,5 @@ fn read_ahead(
             }
         }
     });
-    inbox
+    (inbox, reader)
 }

@@ -104,7 +104,10 @@ impl Retriever {
         let scope = self.scope(&query.dependencies);
         let target = query.target_api.as_deref().map(api_name).unwrap_or_default();
         if !target.is_empty() {
-            let found = self.find_exact(target, &scope);
+            let mut found = self.find_exact(target, &scope);
+            if found.is_empty() && scope.has_missing && !scope.exact_only {
+                found = self.find_exact(target, &self.whole_corpus());
+            }
             if !found.is_empty() {
                 return Ok((RetrievalMethod::ExactApiMatch, found));
             }

@@ -109,14 +109,11 @@ where
     })
 }
 
-/// Opens the file and closes it again, so that a wrong name is told before anything is written.
-pub fn probe(source: &SourceConfig) -> Result<(), Error> {
-    open(source).map(drop)
-}
-
-/// Queries in the file: what `contexts` gives, repeats and what is skipped included.
-pub fn count(source: &SourceConfig) -> Result<u64, Error> {
-    let (_, finished, mut records) = open(source)?;
+/// Queries in the file: what `contexts` gives, repeats and what is skipped included. `None` for a
+/// pipe, which can be read only once, and where the file can't be read.
+pub fn count(source: &SourceConfig) -> Option<u64> {
+    let is_file = source.file().ok()?.0.metadata().ok()?.is_file();
+    let (_, finished, mut records) = is_file.then(|| open(source).ok()).flatten()?;
     let (mut num_to_pass, mut num_to_take) =
         (source.start_index, source.max_samples.unwrap_or(u64::MAX));
     let mut num_queries = 0;
@@ -131,25 +128,15 @@ pub fn count(source: &SourceConfig) -> Result<u64, Error> {
             break;
         }
     }
-    Ok(num_queries)
+    Some(num_queries)
 }
 
 type FileRecords = Records<BufReader<File>>;
 
 /// The file, whether it holds finished contexts, and its records.
 fn open(source: &SourceConfig) -> Result<(PathBuf, bool, FileRecords), Error> {
-    let (file, finished) = match (&source.queries_file, &source.contexts_file) {
-        (Some(file), None) => (file.clone(), false),
-        (None, Some(file)) => (file.clone(), true),
-        (None, None) => {
-            let text = "expected --queries-file or --contexts-file, given neither";
-            return Err(Error::Config(text.to_owned()));
-        }
-        (Some(_), Some(_)) => {
-            let text = "expected either --queries-file or --contexts-file, given both";
-            return Err(Error::Config(text.to_owned()));
-        }
-    };
+    let (file, finished) = source.file()?;
+    let file = file.clone();
     let opened = File::open(&file).and_then(|opened| {
         if opened.metadata()?.is_dir() {
             return Err(std::io::ErrorKind::IsADirectory.into());

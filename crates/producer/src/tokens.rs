@@ -41,7 +41,11 @@ impl TokenCounter {
 
     fn new(tokenizer: Option<Tokenizer>, identity: String) -> Self {
         let mut counter = Self { tokenizer, identity, separator_tokens: 0 };
-        counter.separator_tokens = counter.count(crate::corpus::SEPARATOR);
+        // Between two texts it can be more tokens than alone.
+        let separator = crate::corpus::SEPARATOR;
+        let between = counter.count(&format!("a{separator}#"));
+        let around = counter.count("a") + counter.count("#");
+        counter.separator_tokens = between.saturating_sub(around).max(counter.count(separator));
         counter
     }
 

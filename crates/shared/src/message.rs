@@ -238,7 +238,7 @@ pub struct Settled {
     pub worker_rank: u32,
     /// Deliveries it took, 1 for a job that was never redelivered; 0 if it never became a job.
     pub attempts: u32,
-    /// Seconds from the worker's start on it to its end, waiting for a slot not included.
+    /// Seconds from its delivery to its outcome: rendering, waiting for a slot, inference.
     pub inference_time: f64,
     /// What became of it.
     pub outcome: Outcome,

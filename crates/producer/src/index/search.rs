@@ -163,6 +163,8 @@ impl SearchIndex {
         let Some(query) = self.query(question, scopes)? else {
             return Ok(Vec::new());
         };
+        // Room for each is made at once, so no more than there can be.
+        let limit = limit.min(self.searcher.num_docs() as usize);
         let best = TopDocs::with_limit(limit + MARGIN).order_by_score();
         let found = self.searcher.search(&query, &best)?;
         let numbered = found.into_iter().filter_map(|(score, address)| {

@@ -16,6 +16,8 @@ pub(super) struct Scope {
     /// Whether only exact names count: the query names packages, and the corpus has none of
     /// them. What a question's words find elsewhere would mislead.
     pub(super) exact_only: bool,
+    /// Whether the query names a package that the corpus lacks, perhaps under another name.
+    pub(super) has_missing: bool,
 }
 
 /// One range of documents in a [`Scope`].
@@ -37,20 +39,29 @@ impl Scope {
 impl Retriever {
     /// The releases that dependencies name; the whole corpus where they name none.
     pub(super) fn scope(&self, dependencies: &Dependencies) -> Scope {
-        let parts: Vec<Part> = dependencies
-            .iter()
-            .flat_map(|(package, version)| self.package_parts(package, version.as_deref()))
-            .collect();
-        if !parts.is_empty() {
-            return Scope { parts, exact_only: false };
+        let mut parts = Vec::new();
+        let mut has_missing = false;
+        for (package, version) in dependencies {
+            let found = self.package_parts(package, version.as_deref());
+            has_missing |= found.is_empty();
+            parts.extend(found);
         }
+        if parts.is_empty() {
+            Scope { exact_only: has_missing, has_missing, ..self.whole_corpus() }
+        } else {
+            Scope { parts, exact_only: false, has_missing }
+        }
+    }
+
+    /// All documents, of each path the newest.
+    pub(super) fn whole_corpus(&self) -> Scope {
         let catalog = &self.index.catalog;
         let all = Part {
             documents: 0..catalog.num_documents(),
             latest_only: true,
             filter: (!catalog.all_latest()).then(|| LATEST.to_owned()),
         };
-        Scope { parts: vec![all], exact_only: !dependencies.is_empty() }
+        Scope { parts: vec![all], exact_only: false, has_missing: false }
     }
 
     fn package_parts(&self, package: &str, version: Option<&str>) -> Vec<Part> {

@@ -57,9 +57,9 @@ impl<'r> Fields<'r> {
         }
     }
 
-    /// Whether there is such a field, a null one included.
+    /// Whether there is such a field; a null one stands for none, as in tables with empty cells.
     pub(super) fn has(&self, name: &str) -> bool {
-        self.0.iter().any(|(field, _)| field == name)
+        self.raw(name).is_some()
     }
 
     /// The value of a field, unread; `None` where it is missing or null.

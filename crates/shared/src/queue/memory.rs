@@ -12,8 +12,8 @@ use tokio::time::Instant;
 
 use super::{Delivery, Message, Queue, QueueError};
 
-/// Dead letters kept for inspection; the oldest go first.
-const MAX_DEAD_LETTERS: usize = 1_000;
+/// Dead letters kept for inspection; the oldest go first. Few, since a message may be megabytes.
+const MAX_DEAD_LETTERS: usize = 16;
 
 /// A message that was rejected.
 #[derive(Clone, Debug)]

@@ -1,0 +1,23 @@
+//! Which file is which: what must hold of a command's input and output before either is touched.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+
+/// Checks that the input is there and that the output isn't the input.
+pub(crate) fn check(input: &Path, output: &Path) -> anyhow::Result<()> {
+    input.metadata().with_context(|| format!("cannot read {}", input.display()))?;
+    // A pipe has no real path, and is no output either.
+    let real = input.canonicalize().ok();
+    if real.is_some_and(|real| output.canonicalize().is_ok_and(|output| output == real)) {
+        bail!("{} is both the input and the output", input.display());
+    }
+    Ok(())
+}
+
+/// `name` → `name<suffix>`.
+pub(crate) fn suffixed(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
