@@ -1,4 +1,8 @@
 #!/usr/bin/env bash
-# Shows the id, question and answer of each line of a results file. Needs nothing but sed.
+# Shows id, question and answer (or why there is none) of each line of a results file, with sed alone.
 set -euo pipefail
-sed -E 's/^\{"id":"(([^"\\]|\\.)*)","query":"(([^"\\]|\\.)*)".*"answer":("(([^"\\]|\\.)*)"|null),"retrieval_time".*$/\n\1\n  Q: \3\n  A: \6/' "${1:?usage: $0 RESULTS.jsonl}"
+text='"(([^"\\]|\\.)*)"'
+sed -E \
+    -e "s/^\{\"id\":$text,\"query\":$text.*\"answer\":null,.*\"error\":$text.*\$/\n\1\n  Q: \3\n  failed: \5/" \
+    -e "s/^\{\"id\":$text,\"query\":$text.*\"answer\":$text,\"retrieval_time\".*\$/\n\1\n  Q: \3\n  A: \5/" \
+    "${1:?usage: $0 RESULTS.jsonl}"
