@@ -79,13 +79,25 @@ class Library(Maker):
         rows.append(f":rtype: {self.r.choice(TYPES)}")
         return ["\n".join(rows)]
 
-    def example(self, path):
-        r = self.r
-        rows = [f">>> {path}({', '.join(self.number() for _ in range(r.randint(0, 3)))})", self.number()]
-        if r.random() < 0.5:
-            rows.insert(0, f">>> {self.identifier()} = {self.number()}")
+    def example(self, path, size=1):
+        """A session at the interpreter, with more turns the bigger the document is."""
+        r, rows = self.r, []
+        for _ in range(r.randint(1, 1 + size)):
+            k = r.random()
+            if k < 0.4:
+                rows.append(f">>> {self.identifier()} = {self.number()}")
+            elif k < 0.55:
+                rows += [f">>> {r.choice('abxyz')} = {path.split('.')[0]}.array({self.grid()})", f">>> {r.choice('abxyz')}", f"array({self.grid()})"]
+            elif k < 0.65 and rows:
+                rows += ["", self.describe(), ""]
+            rows += [f">>> {path}({', '.join(self.number() for _ in range(r.randint(0, 3)))})", self.number()]
         head = r.choice(("Examples\n--------\n", "Example:\n\n", "Examples:\n", ""))
         return head + "\n".join(rows)
+
+    def grid(self):
+        r = self.r
+        line = lambda: "[" + ", ".join(self.number() for _ in range(r.randint(1, 4))) + "]"  # noqa: E731
+        return line() if r.random() < 0.5 else f"[{line()}, {line()}]"
 
     def body(self, path, parameters, size):
         """What follows the summary, as a list of paragraphs; `size` 0 gives none, 3 the most."""
@@ -99,8 +111,8 @@ class Library(Maker):
         if size > 1 or r.random() < 0.5:
             out += r.choice((self.numpy_sections, self.numpy_sections, self.google_sections, self.sphinx_sections))(names)
         if r.random() < 0.25 * size:
-            out.append(self.example(path))
-        while size > 2 and r.random() < 0.6:
+            out.append(self.example(path, size))
+        while size > 2 and r.random() < (0.6 if size < 4 else 0.85):
             out.append(self.wrap(self.prose(r.randint(1, 4)), 76))
         return out
 

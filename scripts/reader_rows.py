@@ -38,9 +38,9 @@ class Stage:
 STAGES = [
     Stage(((0.15, (1, 1), 0, 96), (0.85, (2, 4), 0, 128)), 4096, 1.0, 0.0, micro=1.0, copies=0.03),
     Stage(((0.15, (1, 1), 0, 128), (0.5, (2, 4), 0, 256), (0.35, (3, 6), 0, 384)), 4096, 0.85, 0.02, micro=0.3, copies=0.03),
-    Stage(((0.15, (1, 1), 2, 512), (0.45, (2, 5), 0, 384), (0.4, (3, 6), 1, 768)), 4096, 0.65, 0.07, micro=0.08, stretch=0.15, copies=0.02),
-    Stage(((0.2, (1, 1), 3, 1024), (0.25, (2, 6), 0, 512), (0.4, (4, 6), 2, 1024), (0.07, (6, 10), 1, 1024), (0.08, (4, 6), 3, 2048)),
-          4096, 0.6, 0.1, micro=0.03, stretch=0.2, copies=0.02),
+    Stage(((0.1, (1, 1), 0, 128), (0.1, (1, 1), 2, 512), (0.2, (2, 3), 0, 256), (0.25, (4, 6), 0, 384), (0.35, (3, 6), 1, 768)), 4096, 0.65, 0.07, micro=0.08, stretch=0.15, copies=0.02),
+    Stage(((0.2, (1, 1), 3, 1024), (0.18, (2, 3), 0, 256), (0.27, (4, 6), 0, 512), (0.2, (4, 6), 1, 768), (0.1, (4, 6), 2, 1024),
+           (0.02, (6, 10), 1, 1024), (0.015, (4, 6), 3, 2048), (0.06, (1, 1), 8, 2048)), 4096, 0.65, 0.07, micro=0.03, stretch=0.15, copies=0.02),
 ]
 
 
@@ -127,7 +127,7 @@ class RowMaker:
         """In which order documents are asked about: the first one often, then at random."""
         r, order = self.r, list(docs)
         r.shuffle(order)
-        if r.random() < 0.4:
+        if r.random() < 0.65:
             order.remove(docs[0])
             order.insert(0, docs[0])
         while True:
@@ -147,6 +147,16 @@ class RowMaker:
             r.shuffle(parts)
         return ids[:length], weights[:length], np.arange(length)[: len(ids)]
 
+    def answer_weights(self, answer, doc):
+        """What each token of an answer counts: the first one decides on the document, and where the
+        text goes on in a new line an answer is easily ended too early."""
+        offsets = self.tokenizer.encode(answer, add_special_tokens=False).offsets
+        breaks, at = set(), 0
+        for line in doc.text.strip().split("\n") if doc else ():
+            at = answer.find(line.strip(), at) + len(line.strip()) if line.strip() and line.strip() in answer[at:] else at
+            breaks.add(at)
+        return [4.0] + [3.0 if start in breaks else 1.0 for start, _ in offsets[1:]]
+
     def row(self, stage):
         """(token ids, weights of the loss for each, positions) of one conversation."""
         r, sp = self.r, self.special
@@ -157,13 +167,10 @@ class RowMaker:
             docs, text, most = self.context(stage)
         ids, weights = [sp[BEGIN]], [0.0]
 
-        def turn(kind, content, learn=False):
+        def turn(kind, content, learn=None):
             body = self.encode(content)
-            new = [sp[kind], *body, sp[END]]
-            ids.extend(new)
-            weights.extend([0.0, *([1.0] * (len(body) + 1) if learn else [0.0] * (len(body) + 1))])
-            if learn:
-                weights[-len(body) - 1] = 4.0
+            ids.extend([sp[kind], *body, sp[END]])
+            weights.extend([0.0, *(learn or [0.0] * len(body)), 2.0 if learn else 0.0])
 
         if r.random() < 0.07:
             turn(SYSTEM_TURN, r.choice(SYSTEM))
@@ -177,7 +184,7 @@ class RowMaker:
             answer = doc.summary if doc else UNKNOWN
             before = len(ids)
             turn(USER, user_message(text, question) if turns == 0 else user_message("", question))
-            turn(ASSISTANT, answer, learn=True)
+            turn(ASSISTANT, answer, self.answer_weights(answer, doc))
             if len(ids) > most and turns:
                 del ids[before:], weights[before:]
                 break

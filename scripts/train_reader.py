@@ -85,7 +85,7 @@ def answer_loss(model, batch):
     losses = F.cross_entropy(logits, target, reduction="none")
     w = weights[chosen]
     right = (logits.argmax(-1) == target).float()
-    first = w > 1
+    first = w > 3
     share = right[first].mean().item() if bool(first.any()) else None
     return (losses * w).sum(), w.sum(), share, right[~first].mean().item()
 
@@ -157,7 +157,7 @@ def evaluation_sets(tokenizer, count=48):
 def next_stage(stage, first, since):
     """The curriculum goes on when first tokens of answers are mostly right, or after a while all the same."""
     goal = (0.90, 0.80, 0.85, 2.0)[stage]
-    patience = (20, 15, 12, 1e9)[stage]
+    patience = (20, 15, 14, 1e9)[stage]
     return stage + 1 if (first > goal and since > 1) or since > patience else stage
 
 
