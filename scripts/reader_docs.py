@@ -122,7 +122,7 @@ class Library(Maker):
         text = summary
         if summary.endswith(".") and size and r.random() < 0.3:
             text = f"{summary} {self.prose(r.choice((1, 1, 2)))}"
-        if summary.endswith(".") and r.random() < (0.3 if len(text) > 60 else 0.05):
+        if summary.endswith(".") and r.random() < (0.5 if len(text) > 60 else 0.12):
             text = self.wrap(text, r.choice((40, 60, 72, 79)))
         return text
 
@@ -147,7 +147,7 @@ class Library(Maker):
 
     def relative(self, summary):
         """Another summary that shares words with this one."""
-        parts = summary.rstrip(".").split(" ")
+        parts = summary.rstrip(".").split()
         for _ in range(1 + len(parts) // 6):
             parts[self.r.randrange(len(parts))] = self.noun(0.8)
         text = " ".join(parts).replace(". ", " ") + ("." if summary.endswith(".") else "")
@@ -202,9 +202,9 @@ class Library(Maker):
     def topic(self, doc, docs):
         """Words of the summary for a question without a name, or None if they fit another document."""
         r = self.r
-        parts = [w.strip(".,`'\"()") for w in doc.summary.split(" ")]
+        parts = [w.strip(".,`'\"()") for w in doc.summary.split()]
         parts = [w for w in parts if len(w) > 2 and w.lower() not in STOP]
-        others = set(w.strip(".,`'\"()").lower() for d in docs if d is not doc for w in d.summary.split(" "))
+        others = set(w.strip(".,`'\"()").lower() for d in docs if d is not doc for w in d.summary.split())
         keep = [w for w in parts if r.random() < 0.8]
         if sum(w.lower() not in others for w in keep) < 2:
             return None

@@ -121,7 +121,7 @@ class RowMaker:
 
     @staticmethod
     def holds_summary(doc, head, complete):
-        return complete or doc.summary in " ".join(head.split())
+        return complete or " ".join(doc.summary.split()) in " ".join(head.split())
 
     def targets(self, docs):
         """In which order documents are asked about: the first one often, then at random."""
@@ -147,15 +147,12 @@ class RowMaker:
             r.shuffle(parts)
         return ids[:length], weights[:length], np.arange(length)[: len(ids)]
 
-    def answer_weights(self, answer, doc):
-        """What each token of an answer counts: the first one decides on the document, and where the
-        text goes on in a new line an answer is easily ended too early."""
-        offsets = self.tokenizer.encode(answer, add_special_tokens=False).offsets
-        breaks, at = set(), 0
-        for line in doc.text.strip().split("\n") if doc else ():
-            at = answer.find(line.strip(), at) + len(line.strip()) if line.strip() and line.strip() in answer[at:] else at
-            breaks.add(at)
-        return [4.0] + [3.0 if start in breaks else 1.0 for start, _ in offsets[1:]]
+    def answer_weights(self, answer):
+        """What each token of an answer counts: the first one decides on the document, and at a
+        line break an answer is easily ended too early."""
+        tokens = self.encode(answer)
+        line_break = self.encode("\n")[0]
+        return [4.0] + [3.0 if t == line_break else 1.0 for t in tokens[1:]]
 
     def row(self, stage):
         """(token ids, weights of the loss for each, positions) of one conversation."""
@@ -170,7 +167,7 @@ class RowMaker:
         def turn(kind, content, learn=None):
             body = self.encode(content)
             ids.extend([sp[kind], *body, sp[END]])
-            weights.extend([0.0, *(learn or [0.0] * len(body)), 2.0 if learn else 0.0])
+            weights.extend([0.0, *(learn or [0.0] * len(body)), 3.0 if learn else 0.0])
 
         if r.random() < 0.07:
             turn(SYSTEM_TURN, r.choice(SYSTEM))
@@ -184,7 +181,7 @@ class RowMaker:
             answer = doc.summary if doc else UNKNOWN
             before = len(ids)
             turn(USER, user_message(text, question) if turns == 0 else user_message("", question))
-            turn(ASSISTANT, answer, self.answer_weights(answer, doc))
+            turn(ASSISTANT, answer, self.answer_weights(answer))
             if len(ids) > most and turns:
                 del ids[before:], weights[before:]
                 break

@@ -16,7 +16,7 @@ BUCKETS = 16
 
 
 def is_held_out(text):
-    return zlib.crc32(text.encode()) % BUCKETS == 0
+    return zlib.crc32(" ".join(text.split()).encode()) % BUCKETS == 0
 
 
 def summary_of(text):
@@ -24,8 +24,8 @@ def summary_of(text):
 
     A first line that repeats the call ("sort(a, axis=-1)") and is followed by a blank line is
     passed over. Of the first paragraph, it is the first sentence, up to a period that stands
-    before white space or at the end, lines joined by one blank; without such a period it is
-    the paragraph's first line.
+    before white space or at the end, line by line as it stands there but for indents; without
+    such a period it is the paragraph's first line.
     """
     lines = text.strip().split("\n")
     if len(lines) > 2 and not lines[1].strip() and re.fullmatch(r"[\w.]+\(.*\)( -> .*)?", lines[0].strip()):
@@ -35,7 +35,7 @@ def summary_of(text):
         if not line.strip():
             break
         paragraph.append(line.strip())
-    joined = " ".join(paragraph)
+    joined = "\n".join(paragraph)
     found = re.search(r"\.(?=\s|$)", joined)
     return joined[: found.end()] if found else paragraph[0]
 
