@@ -2,6 +2,10 @@
 //!
 //! Who owns which block is the block manager's affair. The forward pass writes here, attention reads.
 
+use std::ops::{Deref, DerefMut};
+
+use memmap2::MmapMut;
+
 use crate::Error;
 use crate::config::ModelConfig;
 use crate::kernels::{LANES, Lanes};
@@ -24,8 +28,8 @@ pub(crate) struct KvCache {
 /// one value.
 #[derive(Debug)]
 pub(crate) struct LayerCache {
-    keys: Vec<Lanes>,
-    values: Vec<Lanes>,
+    keys: Zeroed,
+    values: Zeroed,
     num_blocks: usize,
     head_dim: usize,
 }
@@ -37,14 +41,14 @@ impl KvCache {
         let layers = (0..config.num_hidden_layers)
             .map(|_| {
                 Ok(LayerCache {
-                    keys: zeros(heads * config.head_dim)?,
-                    values: zeros(heads * config.head_dim.next_multiple_of(LANES))?,
+                    keys: Zeroed::new(heads * config.head_dim)?,
+                    values: Zeroed::new(heads * config.head_dim.next_multiple_of(LANES))?,
                     num_blocks,
                     head_dim: config.head_dim,
                 })
             })
             .collect::<Result<_, _>>()
-            .map_err(|_: std::collections::TryReserveError| {
+            .map_err(|_: std::io::Error| {
                 let bytes = bytes_per_block(config) as u128 * num_blocks as u128;
                 Error::OutOfMemory(format!(
                     "no room for a KV cache of {num_blocks} blocks ({bytes} bytes)"
@@ -70,11 +74,35 @@ pub(crate) fn bytes_per_block(config: &ModelConfig) -> usize {
     config.num_hidden_layers * config.num_key_value_heads * vectors * size_of::<Lanes>()
 }
 
-fn zeros(len: usize) -> Result<Vec<Lanes>, std::collections::TryReserveError> {
-    let mut lanes = Vec::new();
-    lanes.try_reserve_exact(len)?;
-    lanes.resize(len, Lanes::ZERO);
-    Ok(lanes)
+/// Vectors that are zero and not resident until they are written.
+#[derive(Debug)]
+struct Zeroed(MmapMut);
+
+impl Zeroed {
+    fn new(len: usize) -> std::io::Result<Self> {
+        let bytes = len.checked_mul(size_of::<Lanes>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        MmapMut::map_anon(bytes.max(1)).map(Self)
+    }
+}
+
+impl Deref for Zeroed {
+    type Target = [Lanes];
+
+    #[expect(unsafe_code, reason = "bytes of a mapping as vectors")]
+    fn deref(&self) -> &[Lanes] {
+        // SAFETY: any bytes are valid numbers; a mapping begins at a page, so nothing is cut off in front.
+        let (_, lanes, _) = unsafe { self.0.align_to() };
+        lanes
+    }
+}
+
+impl DerefMut for Zeroed {
+    #[expect(unsafe_code, reason = "bytes of a mapping as vectors")]
+    fn deref_mut(&mut self) -> &mut [Lanes] {
+        // SAFETY: as above, and any numbers are valid bytes.
+        let (_, lanes, _) = unsafe { self.0.align_to_mut() };
+        lanes
+    }
 }
 
 impl LayerCache {
