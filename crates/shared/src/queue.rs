@@ -1,7 +1,7 @@
 //! What flotilla needs of a queue: at-least-once delivery with leases, redelivery and dead letters.
 //!
 //! Two queues connect the roles: jobs (producer → workers) and outcomes (workers → collector).
-//! Every implementation passes the suite in [`conformance`]. The collector makes "at least once"
+//! Every implementation passes the suite in `queue/conformance.rs`. The collector makes "at least once"
 //! into "exactly once"; nothing here tries to.
 
 use std::future::Future;
