@@ -166,6 +166,23 @@ mod tests {
         Config { rank: 3, engine, max_attempts }
     }
 
+    /// Takes `count` outcomes, then shuts the worker down.
+    async fn collect(
+        outcomes: &MemoryQueue<Settled>,
+        count: usize,
+        shutdown: &CancellationToken,
+    ) -> Vec<Settled> {
+        let mut settled = Vec::new();
+        while settled.len() < count {
+            for delivery in outcomes.pull(count, LEASE).await.unwrap() {
+                settled.push(delivery.message().clone());
+                delivery.ack().await.unwrap();
+            }
+        }
+        shutdown.cancel();
+        settled
+    }
+
     /// Jobs `0` to `num_jobs - 1`, of which those in `poison` take the engine down; their outcomes.
     async fn outcomes_of(num_jobs: usize, poison: &[usize], max_attempts: u32) -> Vec<Settled> {
         let (jobs, outcomes) = (MemoryQueue::new(1_000, LEASE), MemoryQueue::new(1_000, LEASE));
@@ -182,18 +199,7 @@ mod tests {
         let engine = start().await.unwrap();
         let queues = (jobs.clone(), outcomes.clone());
         let working = run_engines(&config, (engine, start), queues, shutdown.clone());
-        let collecting = async {
-            let mut settled = Vec::new();
-            while settled.len() < num_jobs {
-                for delivery in outcomes.pull(num_jobs, LEASE).await.unwrap() {
-                    settled.push(delivery.message().clone());
-                    delivery.ack().await.unwrap();
-                }
-            }
-            shutdown.cancel();
-            settled
-        };
-        let (worked, settled) = tokio::join!(working, collecting);
+        let (worked, settled) = tokio::join!(working, collect(&outcomes, num_jobs, &shutdown));
         worked.unwrap();
         assert!(jobs.is_empty(), "every job is settled");
         settled
@@ -242,17 +248,7 @@ mod tests {
         jobs.publish(job("short")).await.unwrap();
         let shutdown = CancellationToken::new();
         let working = run(config(5), jobs.clone(), outcomes.clone(), shutdown.clone(), |_| ());
-        let collecting = async {
-            let mut settled = Vec::new();
-            while settled.len() < 2 {
-                let delivery = outcomes.pull(1, LEASE).await.unwrap().remove(0);
-                settled.push(delivery.message().clone());
-                delivery.ack().await.unwrap();
-            }
-            shutdown.cancel();
-            settled
-        };
-        let (worked, settled) = tokio::join!(working, collecting);
+        let (worked, settled) = tokio::join!(working, collect(&outcomes, 2, &shutdown));
         worked.unwrap();
         let failed = failed(&settled);
         assert_eq!((failed.len(), failed[0].0), (1, "long"));
