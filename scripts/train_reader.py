@@ -2,6 +2,7 @@
 """Trains flotilla-reader, the small model that answers with a document's summary.
 
     python scripts/train_reader.py train  --work DIR --minutes 120   # goes on from DIR/checkpoint.pt
+    python scripts/train_reader.py train  --work DIR --start models/flotilla-reader   # from an exported model
     python scripts/train_reader.py export --work DIR --out models/flotilla-reader
 
 The data is made while training (reader_rows.py), in a process of its own. Everything that is
@@ -19,7 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 
 import reader_rows as rows  # noqa: E402
@@ -90,15 +91,21 @@ def answer_loss(model, batch):
     return (losses * w).sum(), w.sum(), share, right[~first].mean().item()
 
 
-def load(work):
+def load(work, start=None):
+    """The model: of the folder's checkpoint, else the one exported to `start`, else the scaffold."""
     work.mkdir(parents=True, exist_ok=True)
     path = work / "tokenizer.json"
-    if not path.exists():
+    if not path.exists() and start:
+        path.write_text((Path(start) / "tokenizer.json").read_text())
+    elif not path.exists():
         rows.tokenizer_from(rows.vocabulary_texts(1, 12000), VOCABULARY).save(str(path))
     state = torch.load(work / "checkpoint.pt", weights_only=False) if (work / "checkpoint.pt").exists() else None
     model = Reader(Shape(**state["shape"]) if state else Shape(vocab_size=VOCABULARY, num_hidden_layers=5))
     if state:
         model.load_state_dict(state["model"])
+    elif start:
+        exported = load_file(Path(start) / "model.safetensors")
+        model.load_state_dict({name.removeprefix("model."): tensor.float() for name, tensor in exported.items()})
     else:
         words = Tokenizer.from_file(str(path))
         line_break, mark, ask = (words.encode(x).ids[0] for x in ("\n", "#", "Question"))
@@ -165,7 +172,7 @@ def train(args):
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
     work = Path(args.work)
-    model, state, tokenizer = load(work)
+    model, state, tokenizer = load(work, args.start)
     matrices = [p for n, p in model.named_parameters() if n.endswith("_proj.weight")]
     others = [p for n, p in model.named_parameters() if not n.endswith("_proj.weight")]
     optimizers = [Muon(matrices, args.lr), torch.optim.AdamW(others, args.adam_lr, betas=(0.9, 0.98), weight_decay=0.0)]
@@ -261,6 +268,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("train", "export"))
     p.add_argument("--work", required=True, help="folder of the checkpoint and the vocabulary")
+    p.add_argument("--start", help="folder of an exported model to begin with, where there is no checkpoint")
     p.add_argument("--out", default="models/flotilla-reader")
     p.add_argument("--minutes", type=float, default=120, help="training time in all, with what the checkpoint has had")
     p.add_argument("--tail", type=float, default=0.25, help="share of the time over which the learning rate goes down")

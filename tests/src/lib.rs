@@ -16,23 +16,15 @@ pub fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ has a parent").to_owned()
 }
 
-/// The program, built once a test run, with the profile of the tests.
+/// The program: cargo builds it, before the tests of its package, into the folder above theirs.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
-        let build = Command::new(env!("CARGO"))
-            .args(["build", "--locked", "--package", "flotilla", "--message-format", "json"])
-            .current_dir(repository())
-            .stderr(Stdio::inherit())
-            .output()
-            .unwrap();
-        assert!(build.status.success(), "cannot build the program");
-        let messages = String::from_utf8(build.stdout).unwrap();
-        let program = messages
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-            .find_map(|message| message["executable"].as_str().map(PathBuf::from));
-        program.expect("cargo names the program it built")
+        let tests = std::env::current_exe().expect("a running test has a path");
+        let built = tests.ancestors().nth(2).expect("tests lie in <profile>/deps");
+        let program = built.join("flotilla");
+        assert!(program.is_file(), "{} is not built", program.display());
+        program
     })
 }
 
