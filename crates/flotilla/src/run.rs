@@ -22,7 +22,7 @@ use crate::files;
 use crate::progress::Progress;
 use crate::rejects::Rejects;
 use crate::statistics::Statistics;
-use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, telemetry};
+use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, signals, telemetry};
 
 /// Jobs that wait in memory for a worker: enough that no slot stays free, few enough to be small.
 const QUEUE_CAPACITY: usize = 256;
@@ -108,7 +108,7 @@ async fn answer_all(
     let shutdown = CancellationToken::new();
     let unwritable = CancellationToken::new();
     let (tell_end, end) = watch::channel(End::Open);
-    let interruption = interruption()?;
+    let interruption = signals::interruption()?;
     let (tell_total, total) = watch::channel(None);
     let workers = start_workers(options, engine, &queues, &shutdown);
     let mut progress = Progress::start(total);
@@ -234,26 +234,6 @@ async fn supervise(
         Some(error) if !finished => Err(error.context("no worker is left")),
         _ => Ok(()),
     }
-}
-
-/// Cancelled by the first SIGINT or SIGTERM; the second ends the process at once. What is written
-/// is synced, and a torn last line is repaired by the next run.
-fn interruption() -> anyhow::Result<CancellationToken> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
-    let token = CancellationToken::new();
-    let first = token.clone();
-    tokio::spawn(async move {
-        let mut next = async || {
-            tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-        };
-        next().await;
-        first.cancel();
-        next().await;
-        std::process::exit(i32::from(INTERRUPTED));
-    });
-    Ok(token)
 }
 
 fn run_name(output_file: &Path) -> String {
