@@ -4,8 +4,11 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
-/// Checks that the input is there and that the output isn't the input.
+/// Checks that the input is there and that the output isn't the input. `-` is standard input.
 pub(crate) fn check(input: &Path, output: &Path) -> anyhow::Result<()> {
+    if input.as_os_str() == "-" {
+        return Ok(());
+    }
     input.metadata().with_context(|| format!("cannot read {}", input.display()))?;
     // A pipe has no real path, and is no output either.
     let real = input.canonicalize().ok();
