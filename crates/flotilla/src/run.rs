@@ -11,7 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use collector::{End, Output};
 use engine::EngineConfig;
-use producer::{BadInput, JobTemplate, Published, Retriever};
+use producer::{BadInput, JobTemplate, Published, Publisher, Retriever};
 use shared::{Context, Job, JobId, MemoryQueue, RunId, Settled};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -124,10 +124,13 @@ async fn answer_all(
     });
 
     let producing = async {
-        let queues = (&queues.jobs, &queues.outcomes);
+        let queues = (queues.jobs.clone(), queues.outcomes.clone());
+        // In memory a publish is done as soon as there is room, and what has none at a shutdown
+        // never gets any.
+        let publisher =
+            Publisher::new(template, queues).with_window(1).with_drain_timeout(Duration::ZERO);
         let mut report = |bad: &BadInput| rejects.add(bad);
-        let published =
-            producer::publish(contexts, &template, queues, &shutdown, &mut report).await;
+        let published = producer::publish(contexts, &publisher, &shutdown, &mut report).await;
         match &published {
             // An end that was told already, by a shutdown, stays.
             Ok(published) => drop(tell_end.send_if_modified(|end| {

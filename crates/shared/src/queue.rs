@@ -39,6 +39,19 @@ pub enum QueueError {
     /// The lease of this delivery ran out: the message is, or will be, delivered to somebody else.
     #[error("the lease of message '{0}' ran out and it was given back to the queue")]
     LeaseExpired(String),
+    /// The message is larger than the queue takes; it always will be.
+    #[error("message '{message_id}' is too large: expected at most {limit} bytes, given {bytes}")]
+    TooLarge {
+        /// The message.
+        message_id: String,
+        /// Its size.
+        bytes: usize,
+        /// The most that the queue takes.
+        limit: usize,
+    },
+    /// The server behind the queue can't serve this, now or later.
+    #[error("the queue's server cannot serve this")]
+    Server(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// A queue of `T`. Clones are handles to the same queue.
