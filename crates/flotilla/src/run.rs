@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow};
 use collector::{End, Output};
 use engine::EngineConfig;
+use gpu_worker::{Device, EngineBackend, Stats};
 use producer::{BadInput, JobTemplate, Published, Publisher, Retriever};
 use shared::{Context, Job, JobId, MemoryQueue, RunId, Settled};
 use tokio::sync::watch;
@@ -53,6 +54,8 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
     let mut rejects = Rejects::beside(&options.output_file)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        // Each thread that tokenises keeps words of its own; no more of them than run at a time.
+        .max_blocking_threads(4 + 4 * options.workers as usize)
         .build()
         .context("cannot start the async runtime")?;
     let answering = answer_all(options, &engine, template, contexts, (&mut output, &mut rejects));
@@ -175,13 +178,19 @@ fn start_workers(
 ) -> Workers {
     let mut workers = JoinSet::new();
     for rank in 0..options.workers {
-        let config =
-            gpu_worker::Config { rank, engine: engine.clone(), max_attempts: options.max_attempts };
-        let queues = queues.clone();
-        let shutdown = shutdown.clone();
+        let config = gpu_worker::Config {
+            rank,
+            name: rank.to_string(),
+            max_attempts: options.max_attempts,
+            // The user's second interrupt ends it.
+            drain_timeout: Duration::MAX,
+        };
+        let backend = EngineBackend { engine: engine.clone(), device: Device::Cpu };
+        let queues = (queues.jobs.clone(), queues.outcomes.clone());
+        let control = (Arc::new(Stats::default()), shutdown.clone());
         workers.spawn(async move {
             let ready = |model: &str| tracing::info!(worker = rank, model, "worker is ready");
-            gpu_worker::run(config, queues.jobs, queues.outcomes, shutdown, ready).await
+            gpu_worker::run(config, backend, queues, control, ready).await
         });
     }
     workers
