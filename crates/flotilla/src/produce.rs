@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use producer::{
-    BadInput, JobTemplate, Published, Publisher, RetrievalConfig, Retriever, SourceConfig, Stats,
+    BadInput, JobTemplate, ListenConfig, Published, Publisher, RetrievalConfig, Retriever, SourceConfig, Stats,
 };
 use shared::queue::nats::{Fleet, NatsQueue};
 use shared::{Context, Job, JobId, RunId, Settled};
@@ -30,23 +30,23 @@ use said::Said;
 pub(crate) fn main(options: &ProduceOptions) -> anyhow::Result<ExitCode> {
     options.retrieval.validate()?;
     options.follow.idle_timeout()?;
-    listening::check(options)?;
-    let input = match options.listen {
+    let listen = options.listen.map(|addr| ListenConfig::new(addr, options.token.clone()));
+    if let Some(listen) = &listen {
+        listen.validate()?;
+    }
+    let input = match listen {
         Some(_) => None,
-        None => Some(options.source.file()?.0.clone()),
+        None => Some(options.source.file()?.0),
     };
-    let run = fleet::run_id(&options.run, input.as_ref())?;
+    let run = fleet::run_id(&options.run, input)?;
+    if let Some(input) = input.filter(|_| !options.follow.follow) {
+        files::check_input(input)?;
+    }
     let template = template(run, &options.generation)?;
-    let retriever =
-        retriever(&options.retrieval, &options.source, options.model_path.as_ref())?;
-    match input {
-        None => fleet::block_on(listening::listen(options, template, retriever)),
-        Some(input) => {
-            if !options.follow.follow {
-                files::check_input(&input)?;
-            }
-            fleet::block_on(produce(options, template, retriever))
-        }
+    let retriever = retriever(&options.retrieval, &options.source, options.model_path.as_ref())?;
+    match listen {
+        Some(config) => fleet::block_on(listening::listen(options, config, template, retriever)),
+        None => fleet::block_on(produce(options, template, retriever)),
     }
 }
 
@@ -84,7 +84,6 @@ fn contexts(
 ) -> anyhow::Result<Box<dyn Iterator<Item = Result<Context, BadInput>> + Send>> {
     let all = |_: &JobId| false;
     if options.follow.follow {
-        let shutdown = shutdown.clone();
         let followed =
             producer::follow(&options.source, &options.follow, retriever, all, shutdown)?;
         return Ok(Box::new(followed));

@@ -15,21 +15,25 @@
 
 use std::collections::HashSet;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use collector::{Collector, Lock, MemoryDedup, Output, RedisDedup};
 use futures_util::StreamExt;
 use shared::queue::nats::{DeadLetter, Fleet};
+use shared::status::{Reply, Request};
 use shared::{IdDigest, Job, JobId, RunId};
 
 use crate::cli::fleet::RetryOptions;
-use crate::{fleet, signals, telemetry};
+use crate::{INTERRUPTED, collect, files, fleet, signals, telemetry};
 
 /// Dead letters put back together.
 const BATCH: usize = 1_000;
 /// How long outcomes on their way are waited for.
 const OUTCOMES_TIMEOUT: Duration = Duration::from_secs(30);
-/// Between two looks at them.
+/// How long a collector may take to answer: it may be in the middle of a batch, and the output long.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(120);
+/// Between two looks at the outcomes.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Runs `flotilla retry`.
@@ -52,7 +56,7 @@ async fn retry(options: &RetryOptions) -> anyhow::Result<ExitCode> {
     let interruption = signals::interruption()?;
     let retrying = async {
         let fleet = fleet::connect(&options.nats).await?;
-        let lines = Lines::of(options, &fleet).await?;
+        let lines = Lines::of(options).await?;
         put_back(options, &fleet, lines).await
     };
     let done = tokio::select! {
@@ -105,7 +109,7 @@ async fn put_back(
             }
         }
         if batch.len() >= BATCH || (is_last && !batch.is_empty()) {
-            done.removed += lines.remove(&batch).await?;
+            done.removed += lines.remove(fleet, &batch).await?;
             done.retried += publish(fleet, std::mem::take(&mut batch)).await?;
         }
         if is_last {
@@ -128,4 +132,85 @@ async fn publish(fleet: &Fleet, batch: Vec<Letter>) -> anyhow::Result<u64> {
         fleet.delete_dead_letter(sequence).await.context("cannot delete a dead letter")?;
     }
     Ok(count)
+}
+
+/// How the failed lines leave the output.
+enum Lines {
+    /// A running collector is asked.
+    Asked,
+    /// No collector runs: here.
+    Here(Box<Owned>),
+}
+
+/// The output, and its index, as a collector holds them.
+enum Owned {
+    Redis(Collector<RedisDedup>),
+    Memory(Collector<MemoryDedup>),
+}
+
+impl Lines {
+    async fn of(options: &RetryOptions) -> anyhow::Result<Self> {
+        let Some(path) = &options.output_file else { return Ok(Self::Asked) };
+        files::check_input(path)?;
+        let output = Output::open(path, Lock::Refuse).await?;
+        Ok(Self::Here(Box::new(match &options.redis.redis_url {
+            Some(url) => {
+                let dedup = collect::redis(url, &options.run).await?;
+                Owned::Redis(Collector::open(output, dedup).await?)
+            }
+            None => Owned::Memory(Collector::open(output, MemoryDedup::default()).await?),
+        })))
+    }
+
+    /// Step (1): how many lines left the output.
+    async fn remove(&mut self, fleet: &Fleet, batch: &[Letter]) -> anyhow::Result<u64> {
+        let Some(run) = batch.first().map(|letter| &letter.job.run) else { return Ok(0) };
+        let ids = || batch.iter().map(|letter| letter.job.id());
+        let digests = || ids().map(JobId::digest).collect::<HashSet<IdDigest>>();
+        match self {
+            Self::Asked => {
+                wait_for_outcomes(fleet, run, OUTCOMES_TIMEOUT).await?;
+                let request = Request::RemoveFailed { ids: ids().cloned().collect() };
+                let asked = fleet.request_control(run, &request, CONTROL_TIMEOUT).await;
+                match asked {
+                    Ok(Reply::Removed(removed)) => Ok(removed),
+                    Ok(Reply::Refused(reason)) => bail!("the collector refused: {reason}"),
+                    Err(error) => Err(error).with_context(|| {
+                        format!(
+                            "no collector of run '{}' answers; start one, or give --output-file \
+                             with the run's output if none shall run",
+                            run.0
+                        )
+                    }),
+                }
+            }
+            Self::Here(owned) => {
+                wait_for_outcomes(fleet, run, Duration::ZERO).await?;
+                Ok(match &mut **owned {
+                    Owned::Redis(collector) => collector.remove_failed(&digests()).await?,
+                    Owned::Memory(collector) => collector.remove_failed(&digests()).await?,
+                })
+            }
+        }
+    }
+}
+
+/// Waits until every outcome of the run is written.
+async fn wait_for_outcomes(fleet: &Fleet, run: &RunId, timeout: Duration) -> anyhow::Result<()> {
+    let deadline = Instant::now() + timeout;
+    let mut ticks = tokio::time::interval(LOOK_INTERVAL);
+    loop {
+        ticks.tick().await;
+        let queued = fleet.num_outcomes_queued().await?.get(run).copied().unwrap_or(0);
+        if queued == 0 {
+            return Ok(());
+        }
+        if Instant::now() >= deadline {
+            bail!(
+                "{queued} outcomes of run '{}' are not in its output yet: expected a collector \
+                 that writes them first, then try again",
+                run.0
+            );
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 use collector::Control;
 use futures_util::StreamExt;
-use shared::RunId;
+use shared::{JobId, RunId};
 use shared::queue::nats::Fleet;
 use shared::status::{Reply, Request};
 use tokio::sync::{mpsc, oneshot};
@@ -28,7 +28,7 @@ pub(super) async fn serve(
         let reply = match &request.request {
             Request::RemoveFailed { ids } => {
                 let (reply, answer) = oneshot::channel();
-                let ids = ids.iter().copied().collect();
+                let ids = ids.iter().map(JobId::digest).collect();
                 let asked = collector.send(Control::RemoveFailed { ids, reply }).await;
                 match (asked, answer.await) {
                     (Ok(()), Ok(Ok(removed))) => {
@@ -36,8 +36,8 @@ pub(super) async fn serve(
                         tally.removed(removed);
                         Reply::Removed(removed)
                     }
-                    (Ok(()), Ok(Err(error))) => Reply::Failed(error),
-                    _ => Reply::Failed("the collector is ending".to_owned()),
+                    (Ok(()), Ok(Err(error))) => Reply::Refused(error),
+                    _ => Reply::Refused("the collector is ending".to_owned()),
                 }
             }
         };

@@ -87,9 +87,9 @@ pub(crate) struct WorkerView {
     /// The model.
     pub(crate) model: String,
     /// Jobs that it can compute at once.
-    pub(crate) slots: u64,
+    pub(crate) slots: u32,
     /// Jobs that it computes.
-    pub(crate) running: u64,
+    pub(crate) running: u32,
     /// Jobs answered since it started.
     pub(crate) answered: u64,
     /// Jobs failed since it started.
