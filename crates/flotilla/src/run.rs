@@ -9,12 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use collector::{End, Output};
+use collector::{Answered, Collector, End, Lock, MemoryDedup, Output};
 use engine::EngineConfig;
 use gpu_worker::{Device, EngineBackend, Stats};
 use producer::{BadInput, JobTemplate, Published, Publisher, Retriever};
 use shared::{Context, Job, JobId, MemoryQueue, RunId, Settled};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -49,30 +49,34 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
     };
     options.retrieval.validate()?;
     files::check(options.source.file()?.0, &options.output_file)?;
-    let mut output = Output::open(&options.output_file)?;
-    let contexts = contexts(options, &engine, &output)?;
-    let mut rejects = Rejects::beside(&options.output_file)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         // Each thread that tokenises keeps words of its own; no more of them than run at a time.
         .max_blocking_threads(4 + 4 * options.workers as usize)
         .build()
         .context("cannot start the async runtime")?;
-    let answering = answer_all(options, &engine, template, contexts, (&mut output, &mut rejects));
+    let mut collector = runtime.block_on(async {
+        let output = Output::open(&options.output_file, Lock::Refuse).await?;
+        Collector::open(output, MemoryDedup::default()).await
+    })?;
+    let contexts = contexts(options, &engine, collector.answered())?;
+    let mut rejects = Rejects::beside(&options.output_file)?;
+    let answering =
+        answer_all(options, &engine, template, contexts, (&mut collector, &mut rejects));
     let answered = runtime.block_on(answering);
     // A thread that still reads ahead has nothing left to do.
     runtime.shutdown_background();
     let done = answered?;
     rejects.finish()?;
-    done.tell(options, &output);
-    Ok(done.exit_code(&output))
+    done.tell(options, &collector);
+    Ok(done.exit_code(&collector))
 }
 
 /// The input: its files open, its corpus indexed, what is answered already left out.
 fn contexts(
     options: &RunOptions,
     engine: &EngineConfig,
-    output: &Output,
+    answered: &Answered,
 ) -> anyhow::Result<impl Iterator<Item = Result<Context, BadInput>> + Send + use<>> {
     let retriever = match &options.retrieval.corpus_path {
         Some(_) if options.source.contexts_file.is_none() => {
@@ -81,7 +85,7 @@ fn contexts(
         }
         _ => None,
     };
-    let answered = output.answered().clone();
+    let answered = answered.clone();
     if !answered.is_empty() {
         let lines = answered.len();
         tracing::info!("{lines} lines are already in {}", options.output_file.display());
@@ -102,7 +106,7 @@ async fn answer_all(
     engine: &EngineConfig,
     template: JobTemplate,
     contexts: impl Iterator<Item = Result<Context, BadInput>> + Send + 'static,
-    (output, rejects): (&mut Output, &mut Rejects),
+    (collector, rejects): (&mut Collector<MemoryDedup>, &mut Rejects),
 ) -> anyhow::Result<Done> {
     let queues = Queues {
         jobs: MemoryQueue::new(QUEUE_CAPACITY, LEASE),
@@ -119,7 +123,7 @@ async fn answer_all(
         let source = options.source.clone();
         // What a slice of the input has left can't be told from the number of lines.
         let is_whole = source.start_index == 0 && source.max_samples.is_none();
-        let num_answered = if is_whole { output.answered().len() as u64 } else { 0 };
+        let num_answered = if is_whole { collector.num_lines() } else { 0 };
         move || {
             let total = producer::count(&source);
             tell_total.send_replace(total.map(|total| total.saturating_sub(num_answered)));
@@ -146,7 +150,10 @@ async fn answer_all(
         published
     };
     let collecting = async {
-        let collected = collector::run(&queues.outcomes, output, end, &mut progress).await;
+        // Nothing but its end is ever asked of it.
+        let (_, controls) = mpsc::channel(1);
+        let outcomes = &queues.outcomes;
+        let collected = collector::run(outcomes, collector, end, controls, &mut progress).await;
         if collected.is_err() {
             unwritable.cancel();
         }
@@ -254,9 +261,9 @@ fn run_name(output_file: &Path) -> String {
 
 impl Done {
     /// Says on stderr what the output holds now.
-    fn tell(&self, options: &RunOptions, output: &Output) {
+    fn tell(&self, options: &RunOptions, collector: &Collector<MemoryDedup>) {
         let path = options.output_file.display();
-        let (lines, failed) = (output.answered().len(), output.num_failed());
+        let (lines, failed) = (collector.num_lines(), collector.num_failed());
         let rejected = self.published.rejected;
         if rejected > 0 {
             let report = Rejects::path(&options.output_file);
@@ -274,10 +281,10 @@ impl Done {
         }
     }
 
-    fn exit_code(&self, output: &Output) -> ExitCode {
+    fn exit_code(&self, collector: &Collector<MemoryDedup>) -> ExitCode {
         if self.interrupted {
             ExitCode::from(INTERRUPTED)
-        } else if output.num_failed() > 0 || self.published.rejected > 0 {
+        } else if collector.num_failed() > 0 || self.published.rejected > 0 {
             ExitCode::from(FINISHED_WITH_FAILURES)
         } else {
             ExitCode::SUCCESS
