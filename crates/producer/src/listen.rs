@@ -70,7 +70,8 @@ impl ListenConfig {
         }
     }
 
-    fn validate(&self) -> Result<(), Error> {
+    /// Checks what can't be meant.
+    pub fn validate(&self) -> Result<(), Error> {
         let text = match &self.token {
             Some(token) if token.trim().is_empty() => {
                 "expected a token to listen with, given an empty one".to_owned()
