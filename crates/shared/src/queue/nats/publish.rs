@@ -16,7 +16,7 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use tokio::time::Instant;
 
-use super::streams::code;
+use super::streams::{Nothing, code};
 use super::{FleetError, Shared};
 use crate::queue::{Publishing, QueueError};
 
@@ -186,7 +186,7 @@ impl Shared {
         if bytes < SURELY_FITS {
             return Ok(());
         }
-        let info = self.api::<Info>(format!("STREAM.INFO.{}", envelope.stream), &()).await;
+        let info = self.api::<Info>(format!("STREAM.INFO.{}", envelope.stream), &Nothing {}).await;
         let limit = info.ok().and_then(|info| usize::try_from(info.config.max_bytes).ok());
         match limit {
             Some(limit) if bytes >= limit => Err(too_large(envelope, limit)),

@@ -134,7 +134,12 @@ impl<T: Message> Puller<T> {
             match self.queue.ensure_consumer().await {
                 Ok(()) => {}
                 Err(error) if error.is_passing() => {
-                    tracing::debug!(%error, "cannot pull now");
+                    if shared.notices.trouble.is_due() {
+                        tracing::warn!(
+                            error = &error as &dyn std::error::Error,
+                            "cannot pull now; trying again"
+                        );
+                    }
                     if self.is_over_after(&mut backoff, waiter).await {
                         return Ok(Vec::new());
                     }

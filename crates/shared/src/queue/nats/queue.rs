@@ -13,7 +13,7 @@ use tokio::sync::oneshot;
 use super::error::ApiError;
 use super::publish::Envelope;
 use super::pull::{Parcel, Puller};
-use super::streams::{code, is_absent};
+use super::streams::{Nothing, code, is_absent};
 use super::{Fleet, FleetError, JOBS, NatsDelivery, RESULTS, job_subject, outcome_subject};
 use crate::message::{Job, RunId, Settled};
 use crate::queue::{Message, Publishing, Queue, QueueError};
@@ -204,7 +204,7 @@ impl<T: Message> Inner<T> {
         }
         let shared = &self.fleet.shared;
         let path = format!("CONSUMER.INFO.{}.{}", source.stream, source.consumer);
-        let found = match shared.api::<Info>(path, &()).await {
+        let found = match shared.api::<Info>(path, &Nothing {}).await {
             Ok(info) => Some(info),
             Err(error) if error.code() == Some(code::CONSUMER_NOT_FOUND) => None,
             Err(error) => {

@@ -23,6 +23,10 @@ const RETRY_DELAY: Duration = Duration::from_millis(250);
 /// Many publishers notice missing streams at once; one look is enough.
 const REPAIR_INTERVAL: Duration = Duration::from_secs(1);
 
+/// The body of a request that asks for nothing in particular: `{}`.
+#[derive(Serialize)]
+pub(super) struct Nothing {}
+
 /// Numbers of the server's errors.
 pub(super) mod code {
     /// The account has no JetStream.
@@ -116,7 +120,7 @@ impl Shared {
     }
 
     async fn account(&self) -> Result<Account, FleetError> {
-        self.api("INFO".to_owned(), &()).await.map_err(|error| match &error {
+        self.api("INFO".to_owned(), &Nothing {}).await.map_err(|error| match &error {
             _ if matches!(
                 error.code(),
                 Some(code::NOT_ENABLED | code::NOT_ENABLED_FOR_ACCOUNT)
@@ -134,7 +138,7 @@ impl Shared {
         let info = |found: Result<Info, ApiError>| {
             found.map_err(|error| FleetError::server(format!("tell about stream {name}"), error))
         };
-        match self.api(format!("STREAM.INFO.{name}"), &()).await {
+        match self.api(format!("STREAM.INFO.{name}"), &Nothing {}).await {
             Err(error) if error.code() == Some(code::STREAM_NOT_FOUND) => {}
             found => return compare(wanted, &info(found)?.config).map(|()| false),
         }
@@ -145,7 +149,7 @@ impl Shared {
             Err(error) if error.code() == Some(code::NAME_IN_USE) => {}
             Err(error) => return Err(self.not_created(wanted, error).await),
         }
-        let found = info(self.api(format!("STREAM.INFO.{name}"), &()).await)?;
+        let found = info(self.api(format!("STREAM.INFO.{name}"), &Nothing {}).await)?;
         compare(wanted, &found.config)?;
         Ok(is_new)
     }
