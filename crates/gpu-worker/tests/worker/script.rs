@@ -158,7 +158,7 @@ impl Engine {
                 let held = shared.stats.lock().unwrap().snapshot().num_held();
                 shared.held_at_death.lock().unwrap().push(held);
                 shared.process.lock().unwrap().cancel();
-                pending().await
+                pending::<()>().await;
             }
             _ => {
                 tokio::time::sleep(QUICK).await;
