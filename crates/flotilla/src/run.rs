@@ -39,6 +39,7 @@ struct Queues {
 
 /// Runs `flotilla run`.
 pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
+    let input = options.source.file()?.0;
     let engine = options.model.engine_config(options.workers)?;
     let template = JobTemplate {
         run: RunId(run_name(&options.output_file)),
@@ -47,7 +48,7 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
         generation: options.generation.generation(),
     };
     options.retrieval.validate()?;
-    files::check(options.source.file()?.0, &options.output_file)?;
+    files::check(input, &options.output_file)?;
     let mut output = Output::open(&options.output_file)?;
     let contexts = contexts(options, &engine, &output)?;
     let mut rejects = Rejects::beside(&options.output_file)?;

@@ -62,7 +62,7 @@ impl ListenConfig {
             addr,
             token,
             max_body_bytes: 64 << 20,
-            max_requests: 32,
+            max_requests: 16,
             max_connections: 512,
             read_timeout: Duration::from_secs(10),
             full_timeout: Duration::from_secs(2),

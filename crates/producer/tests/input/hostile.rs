@@ -81,19 +81,19 @@ async fn a_wrong_chunked_encoding_breaks_the_body_off() {
 async fn brackets_that_never_close_cost_little() {
     let listening = Listening::open().await;
     for start in ["", "[\n"] {
-        let body = format!("{start}{}", "{\n".repeat(1 << 20));
+        let body = format!("{start}{}", "{\n".repeat(1 << 18));
         let answer = listening.post(body).await;
-        assert_eq!(answer.counts(), (400, 0, 0, 65), "{start}");
-        let last = answer.body["rejected"][64]["reason"].as_str().unwrap();
+        assert_eq!(answer.counts(), (400, 0, 0, 17), "{start}");
+        let last = answer.body["rejected"][16]["reason"].as_str().unwrap();
         assert!(last.contains("too many without an end"), "{last}");
     }
 }
 
 #[tokio::test]
-async fn a_million_bad_records_are_counted_and_only_some_are_named() {
+async fn many_bad_records_are_counted_and_only_some_are_named() {
     let listening = Listening::open().await;
-    let answer = listening.post("7\n".repeat(1_000_000) + &good_line("a")).await;
-    assert_eq!(answer.counts(), (202, 1, 0, 1_000_000));
+    let answer = listening.post("7\n".repeat(100_000) + &good_line("a")).await;
+    assert_eq!(answer.counts(), (202, 1, 0, 100_000));
     assert_eq!(answer.body["rejected"].as_array().unwrap().len(), 100);
 }
 

@@ -203,8 +203,8 @@ async fn more_requests_than_allowed_are_sent_away_at_once() {
 
 #[tokio::test]
 async fn many_clients_post_at_once_and_everything_is_taken() {
-    let listening = Listening::open().await;
-    let listening = &listening;
+    let config = ListenConfig { max_requests: 24, ..config() };
+    let listening = &Listening::start(config, Gate::open()).await;
     let posts = (0..24).map(|client| async move {
         let body: String = (0..50).map(|k| good_line(&format!("{client}-{k}"))).collect();
         assert_eq!(listening.post(body).await.counts(), (202, 50, 0, 0));
