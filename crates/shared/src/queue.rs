@@ -7,23 +7,41 @@
 use std::future::Future;
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use crate::message::{Job, Settled};
+use crate::message::{Job, RunId, Settled};
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 pub mod memory;
+#[cfg(feature = "nats")]
+pub mod nats;
 
 /// Something a queue can carry.
-pub trait Message: Clone + Send + Sync + 'static {
+pub trait Message: Clone + Serialize + DeserializeOwned + Send + Sync + 'static {
     /// Id under which the queue recognises a repeated publish: `run/id`.
     fn message_id(&self) -> String;
+
+    /// The run it belongs to.
+    fn run(&self) -> &RunId;
+
+    /// Its wire version.
+    fn version(&self) -> u16;
 }
 
 impl Message for Job {
     fn message_id(&self) -> String {
         format!("{}/{}", self.run.0, self.id())
+    }
+
+    fn run(&self) -> &RunId {
+        &self.run
+    }
+
+    fn version(&self) -> u16 {
+        self.version
     }
 }
 
@@ -31,9 +49,18 @@ impl Message for Settled {
     fn message_id(&self) -> String {
         format!("{}/{}", self.run.0, self.context.id)
     }
+
+    fn run(&self) -> &RunId {
+        &self.run
+    }
+
+    fn version(&self) -> u16 {
+        self.version
+    }
 }
 
-/// Why a queue could not do what it was asked.
+/// Why a queue could not do what it was asked. Passing trouble, such as a lost connection, is
+/// waited out and logged instead.
 #[derive(Debug, Error)]
 pub enum QueueError {
     /// The lease of this delivery ran out: the message is, or will be, delivered to somebody else.
@@ -54,6 +81,15 @@ pub enum QueueError {
     Server(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
+/// What became of a publish that doesn't wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Publishing {
+    /// The message is stored.
+    Stored,
+    /// The queue is full, or can't be reached now. Try again later; it may have been stored.
+    Full,
+}
+
 /// A queue of `T`. Clones are handles to the same queue.
 pub trait Queue<T: Message>: Clone + Send + Sync + 'static {
     /// A message received and not yet settled.
@@ -63,8 +99,14 @@ pub trait Queue<T: Message>: Clone + Send + Sync + 'static {
     /// queue can make it. A message whose id the queue still holds is not stored again.
     fn publish(&self, message: T) -> impl Future<Output = Result<(), QueueError>> + Send;
 
+    /// The same without waiting for room.
+    fn try_publish(
+        &self,
+        message: T,
+    ) -> impl Future<Output = Result<Publishing, QueueError>> + Send;
+
     /// Takes up to `max` messages: as soon as there is one, or none after `wait`. Dropping the
-    /// future before it is ready takes none.
+    /// future before it is ready strands none: what was on its way goes to the next pull.
     fn pull(
         &self,
         max: usize,

@@ -56,7 +56,7 @@ impl<J: Queue<Job>, O: Queue<Settled>> Shared<J, O> {
         end: CancellationToken,
     ) -> Self {
         Self {
-            token: config.token.as_ref().map(|token| Sha256::digest(token).into()),
+            token: config.token.as_ref().map(|token| Sha256::digest(token.trim()).into()),
             slots: Semaphore::new(config.max_requests),
             config,
             publisher,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use shared::queue::Publishing;
 use shared::queue::memory::MemoryDelivery;
 use shared::{Delivery, Job, MemoryQueue, Message, Queue, QueueError, Settled};
 use tokio::sync::{Semaphore, watch};
@@ -114,6 +115,10 @@ impl<T: Message + Sized> Queue<T> for Gate<T> {
         let _gone = Gone(&self.waiting);
         self.permits.acquire().await.unwrap().forget();
         self.inner.publish(message).await
+    }
+
+    async fn try_publish(&self, message: T) -> Result<Publishing, QueueError> {
+        self.inner.try_publish(message).await
     }
 
     async fn pull(&self, max: usize, wait: Duration) -> Result<Vec<Self::Delivery>, QueueError> {

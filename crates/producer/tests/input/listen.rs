@@ -259,3 +259,40 @@ async fn a_queue_that_fails_ends_the_server_with_its_error() {
     let error = listening.ended().await.unwrap_err();
     assert!(matches!(error, ListenError::Queue(QueueError::Server(_))));
 }
+
+#[tokio::test]
+async fn a_connection_may_be_kept_for_the_next_request() {
+    let listening = Listening::open().await;
+    let mut connection = listening.connect().await;
+    for (id, last) in [("a", false), ("b", true)] {
+        let body = good_line(id);
+        let close = if last { "Connection: close\r\n" } else { "" };
+        let head = format!(
+            "POST /v1/queries HTTP/1.1\r\nHost: x\r\n{close}Content-Length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        connection.send(head).await;
+    }
+    let answers = String::from_utf8(connection.rest().await).unwrap();
+    assert_eq!(answers.matches("HTTP/1.1 202").count(), 2, "{answers}");
+    assert_eq!(listening.jobs.ids().await, ["a", "b"]);
+}
+
+#[tokio::test]
+async fn who_asks_before_sending_is_refused_before_sending() {
+    let config = ListenConfig { token: Some("t".into()), ..config() };
+    let listening = Listening::start(config, Gate::open()).await;
+    let mut connection = listening.connect().await;
+    connection.send(head("Expect: 100-continue\r\nContent-Length: 1000\r\n")).await;
+    assert_eq!(connection.answer().await.counts(), (401, 0, 0, 0));
+}
+
+/// What a client does that sends all before it reads: closing on it would reset the connection
+/// and take the answer away.
+#[tokio::test]
+async fn a_refused_body_is_read_so_that_its_client_gets_the_answer() {
+    let config = ListenConfig { token: Some("t".into()), ..config() };
+    let listening = Listening::start(config, Gate::open()).await;
+    let answer = listening.post(vec![b' '; 20 << 20]).await;
+    assert_eq!(answer.counts(), (401, 0, 0, 0));
+}
