@@ -118,7 +118,8 @@ impl Worker {
             max_attempts: self.max_attempts,
             drain_timeout: self.drain_timeout,
         };
-        let queues = (self.fleet.jobs(&model), self.fleet.outcomes(None));
+        let fleet = self.fleet.with_worker(&name);
+        let queues = (fleet.jobs(&model), fleet.outcomes(None));
         let (rank, health) = (self.rank, self.health);
         let ready = |model: &str| {
             tracing::info!(worker = rank, name, model, "worker is ready");
