@@ -68,7 +68,7 @@ fn every_role_tells_its_metrics_and_its_health() {
     let collector = fleet.collect(any);
     collector.wait_for("written", 49);
     for (role, names) in [
-        (&producer, &["jobs_published_total 49", "queue_up 1", "dead_letters"][..]),
+        (&producer, &["jobs_published_total 49", "queue_up 1", "queue_jobs_waiting{"][..]),
         (
             &worker,
             &[

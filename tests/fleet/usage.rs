@@ -57,7 +57,7 @@ fn wrong_options_are_told_with_what_was_expected() {
         (2, "produce --queries-file - ", "--run"),
         (2, "produce --listen 127.0.0.1:0", "--run"),
         (2, "produce --listen 127.0.0.1:0 --run r --queries-file queries.jsonl", "cannot be used"),
-        (2, "produce --listen 0.0.0.0:0 --run r", "--token"),
+        (2, "produce --listen 0.0.0.0:0 --run r", "expected a token"),
         (2, "produce --queries-file queries.jsonl --run=", "expected a name"),
         (1, "produce --queries-file missing.jsonl", "missing.jsonl"),
         (2, "collect", "--output-file"),

@@ -106,7 +106,7 @@ impl One {
         let mut rate = Rate::default();
         let finished = over.clone();
         let fleet = &self.roles.fleet;
-        heartbeat::beat(over, || {
+        heartbeat::beat(over, 1, || {
             let counts = tally.counts();
             let status = RunStatus {
                 run: self.run.clone(),

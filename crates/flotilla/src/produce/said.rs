@@ -17,6 +17,10 @@ use crate::observe::Page;
 /// Between two lines in the log.
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
+/// How often the last words are tried: `flotilla collect --until-done` waits for them, and the
+/// server may be starting anew.
+const LAST_TRIES: u32 = 15;
+
 /// A producer's words, until its end.
 pub(super) struct Said {
     over: CancellationToken,
@@ -45,7 +49,7 @@ impl Said {
         let fleet = fleet.clone();
         let stop = over.clone();
         let task = tokio::spawn(async move {
-            let beating = heartbeat::beat(stop, || {
+            let beating = heartbeat::beat(stop, LAST_TRIES, || {
                 let status = speaker.status();
                 let fleet = fleet.clone();
                 async move { fleet.put_run(&status).await }
