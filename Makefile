@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test check bench
+.PHONY: help demo test check bench servers up down
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -12,8 +12,17 @@ demo: ## build, answer examples/queries.jsonl with the shipped model, show the a
 	cargo run --release -- run --queries-file examples/queries.jsonl --corpus-path examples/corpus --output-file results.jsonl
 	@scripts/show_results.sh results.jsonl
 
-test: ## everything the tests need, then all tests
+servers: ## nats-server and redis-server for the tests, fetched where they are missing
+	@scripts/servers.sh
+
+test: servers ## everything the tests need, then all tests
 	cargo test --workspace
+
+up: ## run nats-server and redis-server on this machine, without Docker
+	@scripts/servers.sh up
+
+down: ## end what `make up` started
+	@scripts/servers.sh down
 
 check: ## what CI checks
 	.ci/run

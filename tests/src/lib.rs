@@ -1,5 +1,16 @@
-//! What the end-to-end tests share: the real program, as a user runs it, in a folder of its own.
+//! What the end-to-end tests share: the real program, as a user runs it, in a folder of its own,
+//! and the real servers, with a bad network before them.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed step is a failed test")]
+
+pub mod nats_server;
+pub mod process;
+pub mod proxy;
+pub mod redis_server;
+
+pub use nats_server::{NatsOptions, NatsServer};
+pub use process::Process;
+pub use proxy::{Flow, Proxy};
+pub use redis_server::{RedisCopy, RedisServer};
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader};
