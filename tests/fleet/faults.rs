@@ -1,5 +1,7 @@
 //! Whatever is killed, stopped or cut off, each id ends as one line.
 
+use std::os::unix::process::ExitStatusExt;
+
 use flotilla_tests::process::{DEADLINE, Process};
 use flotilla_tests::proxy::Proxy;
 use rustix::process::Signal;
@@ -84,6 +86,20 @@ fn collector_killed_again_and_again_writes_each_id_once() {
         collector.kill();
     }
     fleet.assert_done(&fleet.collect("--until-done"), 600);
+}
+
+#[test]
+fn collector_that_dies_after_any_step_writes_each_id_once() {
+    let fleet = Fleet::start();
+    fleet.place.write_queries("queries.jsonl", 800);
+    fleet.produce("");
+    let _worker = fleet.noop("--noop-latency 5 --noop-slots 4");
+    for step in ["pulled", "checked", "picked", "written", "synced", "marked", "acked"] {
+        let collector = fleet.collect(&format!("--abort-at {step}"));
+        let status = collector.wait(DEADLINE);
+        assert_eq!(status.signal(), Some(Signal::ABORT.as_raw()), "{step}\n{}", collector.log());
+    }
+    fleet.assert_done(&fleet.collect("--until-done"), 800);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use collector::{Lock, MemoryDedup, Output, RedisConfig, RedisDedup};
+use collector::{Lock, MemoryDedup, Output, RedisConfig, RedisDedup, Step};
 use shared::RunId;
 use shared::queue::nats::Fleet;
 use tokio_util::sync::CancellationToken;
@@ -43,6 +43,7 @@ async fn collect(options: &CollectOptions) -> anyhow::Result<ExitCode> {
         redis_url: options.redis.redis_url.clone(),
         wait: !options.no_wait,
         until_done: options.until_done,
+        abort_at: options.abort_at,
         shutdown: interruption,
         tallies: Tallies::default(),
     };
@@ -72,6 +73,8 @@ pub(crate) struct Roles {
     /// Whether to wait for an output that another process writes.
     wait: bool,
     until_done: bool,
+    /// Where a test lets it die.
+    abort_at: Option<Step>,
     shutdown: CancellationToken,
     tallies: Tallies,
 }

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use collector::Step;
 use producer::{FollowConfig, RetrievalConfig, SourceConfig};
 use shared::RunId;
 
@@ -140,6 +141,9 @@ pub(crate) struct CollectOptions {
     /// Seconds that a silent collector keeps its outcomes.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds, hide = true)]
     pub(crate) lease: Duration,
+    /// Step of the protocol after which the process aborts, the second time that it comes there.
+    #[arg(long, value_name = "STEP", hide = true)]
+    pub(crate) abort_at: Option<Step>,
     #[command(flatten)]
     pub(crate) metrics: MetricsOptions,
     #[command(flatten)]

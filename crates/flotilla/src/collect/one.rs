@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collector::{Collector, Dedup, End, Output, Report};
+use collector::{Collector, Dedup, End, Faults, Output, Report};
 use shared::RunId;
 use shared::status::{Role, RunStatus, unix_now};
 use tokio::sync::{mpsc, watch};
@@ -47,6 +47,8 @@ impl One {
             // An index that can't be reached is waited for.
             () = shutdown.cancelled() => return Ok(None),
         };
+        let abort_at = self.roles.abort_at.map(|step| (step, 2));
+        collector.set_probe(Faults { abort_at }.into());
         let tally = self.roles.tallies.add(&self.run);
         tally.opened(collector.num_lines(), collector.num_failed());
         tracing::info!(run = self.run.0, output = %self.output_file.display(), "collecting");
