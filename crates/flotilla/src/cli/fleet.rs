@@ -33,7 +33,7 @@ pub(crate) struct ProduceOptions {
     )]
     pub(crate) token: Option<String>,
     /// JSONL file that gets the input that can have no line, with file, line and reason
-    /// [default: <queries file>.rejected.jsonl, none for stdin and --listen].
+    /// [default: `<queries file>.rejected.jsonl`, none for stdin and --listen].
     #[arg(long, value_name = "FILE")]
     pub(crate) rejected_file: Option<PathBuf>,
     /// Jobs published at a time without waiting for their confirmation.
@@ -280,6 +280,27 @@ pub(crate) struct NatsAccess {
     pub(crate) nats_key: Option<PathBuf>,
 }
 
+/// The servers of `flotilla run`, where it shall not keep its queues in memory.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Servers")]
+pub(crate) struct RunServers {
+    /// Queue the jobs at this NATS server, so that workers elsewhere can help: see `flotilla work`.
+    #[arg(long, value_name = "URL")]
+    nats_url: Option<String>,
+    #[command(flatten)]
+    access: NatsAccess,
+    #[command(flatten)]
+    pub(crate) redis: RedisOptions,
+}
+
+impl RunServers {
+    /// The connection to the queue, if it isn't in memory.
+    pub(crate) fn nats(&self) -> Option<NatsOptions> {
+        let access = self.access.clone();
+        self.nats_url.clone().map(|nats_url| NatsOptions { nats_url, access })
+    }
+}
+
 /// The index of what is written.
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Servers")]
@@ -294,6 +315,12 @@ pub(crate) struct RedisOptions {
 impl std::fmt::Debug for NatsOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("NatsOptions").finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for RunServers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RunServers").finish_non_exhaustive()
     }
 }
 

@@ -23,15 +23,15 @@ pub(super) struct One {
 }
 
 /// What it came to.
-pub(super) struct Collected {
+pub(crate) struct Collected {
     /// What this process wrote.
-    pub(super) report: Report,
+    pub(crate) report: Report,
     /// In how much time.
-    pub(super) elapsed: Duration,
+    pub(crate) elapsed: Duration,
     /// Lines of the output.
-    pub(super) lines: u64,
+    pub(crate) lines: u64,
     /// Lines of jobs that failed.
-    pub(super) failed: u64,
+    pub(crate) failed: u64,
 }
 
 impl One {
@@ -88,8 +88,12 @@ impl One {
     async fn is_over(&self, tally: &Tally) {
         let shutdown = &self.roles.shutdown;
         if self.roles.until_done {
+            let done = async {
+                self.roles.published.cancelled().await;
+                until_done::until_done(&self.roles.fleet, &self.run, tally).await;
+            };
             tokio::select! {
-                () = until_done::until_done(&self.roles.fleet, &self.run, tally) => {}
+                () = done => {}
                 () = shutdown.cancelled() => {}
             }
         } else {
