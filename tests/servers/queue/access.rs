@@ -1,11 +1,12 @@
 //! Who may connect, to which server, over what.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use flotilla_tests::{NatsOptions, Proxy};
+use serde_json::json;
 use shared::queue::nats::FleetError;
 
+use super::nkeys::{Nkey, Owner, openssl};
 use super::*;
 
 async fn refused(config: &NatsConfig) -> FleetError {
@@ -61,16 +62,13 @@ async fn token_of_the_url_is_used() {
     assert!(matches!(error, FleetError::Refused { .. }), "{}", chain(&error));
 }
 
-/// A user's nkey: seed and public key.
-const SEED: &str = "SUACH75SWCM5D2JMJM6EKLR2WDARVGZT4QC6LX3AGHSWOMVAKERABBBRWM";
-
 #[tokio::test(flavor = "multi_thread")]
 async fn nkey_of_a_file_is_used() {
     let dir = tempfile::tempdir().unwrap();
-    let seed = dir.path().join("user.nk");
-    std::fs::write(&seed, format!("{SEED}\n")).unwrap();
-    let public = "UB37RPV7KOTM7RJTOQV3C2LVQBBAW6Z3WCKI46SFT3F43HPD27FGLSX5";
-    let server = with_config(&format!("authorization {{ users: [{{ nkey: {public} }}] }}"), None);
+    let (seed, key) = (dir.path().join("user.nk"), Nkey::new(Owner::User));
+    std::fs::write(&seed, format!("{}\n", key.seed)).unwrap();
+    let server =
+        with_config(&format!("authorization {{ users: [{{ nkey: {} }}] }}", key.public), None);
     let with_seed = NatsConfig { nkey_file: Some(seed), ..config(server.url()) };
     works(&with_seed).await;
     let error = refused(&config(server.url())).await;
@@ -78,6 +76,43 @@ async fn nkey_of_a_file_is_used() {
     let missing = NatsConfig { nkey_file: Some("/nowhere.nk".into()), ..config(server.url()) };
     let error = refused(&missing).await;
     assert!(matches!(&error, FleetError::File { path, .. } if path == Path::new("/nowhere.nk")));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn credentials_file_is_used() {
+    let (operator, user) = (Nkey::new(Owner::Operator), Nkey::new(Owner::User));
+    let (account, system) = (Nkey::new(Owner::Account), Nkey::new(Owner::Account));
+    let all = json!({
+        "subs": -1, "data": -1, "payload": -1, "imports": -1, "exports": -1, "wildcards": true,
+        "conn": -1, "leaf": -1, "mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1,
+    });
+    let of_operator =
+        operator.sign("o", &operator.public, &json!({ "type": "operator", "version": 2 }));
+    let nats = json!({ "limits": all, "type": "account", "version": 2 });
+    let of_account = operator.sign("a", &account.public, &nats);
+    let nats = json!({ "type": "account", "version": 2 });
+    let of_system = operator.sign("s", &system.public, &nats);
+    let nats = json!({ "pub": {}, "sub": {}, "subs": -1, "data": -1, "payload": -1, "type": "user", "version": 2 });
+    let of_user = account.sign("u", &user.public, &nats);
+    let server = with_config(
+        &format!(
+            "operator: {of_operator}\nsystem_account: {system}\nresolver: MEMORY\n\
+             resolver_preload: {{ {account}: {of_account}, {system}: {of_system} }}",
+            account = account.public,
+            system = system.public
+        ),
+        None,
+    );
+    let creds = server.dir().join("user.creds");
+    let text = format!(
+        "-----BEGIN NATS USER JWT-----\n{of_user}\n------END NATS USER JWT------\n\n\
+         -----BEGIN USER NKEY SEED-----\n{}\n------END USER NKEY SEED------\n",
+        user.seed
+    );
+    std::fs::write(&creds, text).unwrap();
+    works(&NatsConfig { creds_file: Some(creds), ..config(server.url()) }).await;
+    let error = refused(&config(server.url())).await;
+    assert!(matches!(error, FleetError::Refused { .. }), "{}", chain(&error));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -116,10 +151,7 @@ impl Certificates {
     }
 
     fn openssl(&self, arguments: &str) {
-        let mut command = Command::new("openssl");
-        command.args(arguments.split(' ')).current_dir(self.dir.path());
-        let output = command.output().expect("openssl is needed to make certificates");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        openssl(self.dir.path(), arguments);
     }
 
     fn server(&self, more: &str) -> NatsServer {
@@ -238,18 +270,17 @@ async fn stream_that_would_lose_jobs_is_refused() {
         ("subjects", Config { subjects: vec!["flotilla.jobs.>".into()], ..good() }),
         ("subjects", Config { name: "OTHER".into(), ..good() }),
     ];
-    let server = NatsServer::start();
-    let outsider = async_nats::jetstream::new(async_nats::connect(server.url()).await.unwrap());
     for (field, stream) in bad {
-        let name = stream.name.clone();
-        outsider.create_stream(stream).await.unwrap();
+        let server = NatsServer::start();
+        outsider(&server).await.create_stream(stream).await.unwrap();
         let error = refused(&config(server.url())).await;
         assert!(matches!(error, FleetError::Mismatch { .. }), "{field}: {}", chain(&error));
         assert!(error.to_string().contains(field), "{error}");
-        outsider.delete_stream(name).await.unwrap();
     }
     // What only bounds a stream is the operator's.
-    outsider.create_stream(Config { max_bytes: 1 << 20, ..good() }).await.unwrap();
+    let server = NatsServer::start();
+    let bounded = Config { max_bytes: 1 << 20, ..good() };
+    outsider(&server).await.create_stream(bounded).await.unwrap();
     works(&config(server.url())).await;
 }
 

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 use std::time::Instant;
 
 use async_nats::HeaderMap;
-use async_nats::jetstream;
 use flotilla_tests::Proxy;
 use shared::{Publishing, QueueError, Settled};
 use tokio::task::JoinSet;
@@ -12,11 +11,6 @@ use tokio::task::JoinSet;
 use super::*;
 
 const SHORT: Duration = Duration::from_millis(200);
-
-/// A client of its own, as anybody might have.
-async fn outsider(server: &NatsServer) -> jetstream::Context {
-    jetstream::new(async_nats::connect(server.url()).await.unwrap())
-}
 
 async fn publish_all(queue: &NatsQueue<Job>, ids: &[String]) {
     let mut publishing = JoinSet::new();
