@@ -32,8 +32,8 @@ pub(crate) struct ProduceOptions {
         requires = "listen"
     )]
     pub(crate) token: Option<String>,
-    /// JSONL file that gets the input that can have no line, with file, line and reason
-    /// [default: `<queries file>.rejected.jsonl`, none for stdin and --listen].
+    /// JSONL file that gets the input that can have no line, with file, line and reason. By default
+    /// it has the name of the queries file and `.rejected.jsonl`; stdin and --listen have none.
     #[arg(long, value_name = "FILE")]
     pub(crate) rejected_file: Option<PathBuf>,
     /// Jobs published at a time without waiting for their confirmation.
