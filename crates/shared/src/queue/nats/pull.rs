@@ -1,24 +1,23 @@
-//! One pull: asks the consumer for messages, gathers what comes, and leaves nothing behind.
+//! One pull: asks the consumer for messages and gathers what comes, on a task of its own.
 //!
 //! It asks in the server's one-shot way: all that is there now, else the first that comes, and then
-//! the request is over. So nothing is left open that could bring messages nobody waits for. Where it
-//! has to be cut short, it unsubscribes and takes what was on its way. Heartbeats are not asked for: with
-//! them the client's own batches lose messages.
+//! the request is over. So nothing is left open that could bring messages nobody waits for. A request is
+//! never cut short: the client's own way to do that loses what is on its way, and with heartbeats
+//! its batches lose messages.
 
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use async_nats::{Message as NatsMessage, StatusCode, Subscriber};
 use futures_util::StreamExt;
 use serde_json::json;
-use tokio::sync::oneshot;
 use tokio::time::Instant;
 
 use super::ANSWER_TIMEOUT;
 use super::delivery::{NatsDelivery, Received};
+use super::handover::{Giving, Parcel};
 use super::publish::Backoff;
-use super::queue::{Inner, runtime};
+use super::queue::Inner;
 use crate::message::WIRE_VERSION;
 use crate::queue::{Message, QueueError};
 
@@ -26,66 +25,14 @@ use crate::queue::{Message, QueueError};
 const GRACE: Duration = Duration::from_secs(2);
 /// Messages of one request follow one another closely.
 const REST_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long what came for a dropped pull waits for the next one, before it goes back.
-const KEEP: Duration = Duration::from_millis(300);
-/// Delay with which it goes back.
-const GIVE_BACK_DELAY: Duration = Duration::from_millis(10);
+/// Longest that one request waits. A pull makes another one then, if it is still wanted.
+const REQUEST_TIME: Duration = Duration::from_secs(5);
+/// How long messages of a request that was given up are still expected.
+const STRAGGLE_TIME: Duration = Duration::from_secs(30);
 /// How long a message for newer workers is left alone.
 const NEWER_DELAY: Duration = Duration::from_secs(30);
 /// Between two requests when something is wrong.
 const RETRY_DELAY: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
-
-/// What a pull brought. What is still in it when it is dropped goes to the next pull.
-pub(super) struct Parcel<T: Message> {
-    queue: Arc<Inner<T>>,
-    deliveries: Vec<NatsDelivery<T>>,
-}
-
-impl<T: Message> Parcel<T> {
-    /// Takes it over.
-    pub(super) fn open(mut self) -> Vec<NatsDelivery<T>> {
-        std::mem::take(&mut self.deliveries)
-    }
-}
-
-impl<T: Message> Drop for Parcel<T> {
-    fn drop(&mut self) {
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
-        if self.deliveries.is_empty() {
-            return;
-        }
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let deliveries = std::mem::take(&mut self.deliveries);
-        let mut leftovers = self.queue.leftovers.lock().unwrap_or_else(PoisonError::into_inner);
-        leftovers.extend(deliveries.into_iter().map(|delivery| (number, delivery)));
-        drop(leftovers);
-        // Without a runtime the leases run out, as if this process had died.
-        if let Some(runtime) = runtime() {
-            runtime.spawn(give_back(Arc::clone(&self.queue), number));
-        }
-    }
-}
-
-/// Gives back what no pull has taken in time.
-async fn give_back<T: Message>(queue: Arc<Inner<T>>, number: u64) {
-    tokio::time::sleep(KEEP.min(queue.lease() / 4)).await;
-    let mut old = Vec::new();
-    {
-        let mut leftovers = queue.leftovers.lock().unwrap_or_else(PoisonError::into_inner);
-        for (came, delivery) in std::mem::take(&mut *leftovers) {
-            if came <= number { old.push(delivery) } else { leftovers.push_back((came, delivery)) }
-        }
-    }
-    for delivery in old {
-        let given = crate::queue::Delivery::retry(delivery, GIVE_BACK_DELAY).await;
-        if let Err(error) = given {
-            tracing::debug!(%error, "a delivery that nobody took could not be given back");
-        }
-    }
-}
-
-/// Tells that nobody waits for the pull any more.
-type Waiter<T> = oneshot::Sender<Result<Parcel<T>, QueueError>>;
 
 /// Why a request is over.
 enum End {
@@ -95,7 +42,7 @@ enum End {
     Busy,
     /// There is no such consumer, or it has just changed.
     Missing,
-    /// The connection was lost, or nobody waits any more, or the server keeps silent.
+    /// The connection was lost, or the server keeps silent.
     Cut,
     /// The server does not take the request; in its words.
     Odd(String),
@@ -106,22 +53,24 @@ pub(super) struct Puller<T: Message> {
     queue: Arc<Inner<T>>,
     max: usize,
     deadline: Instant,
+    giving: Giving<T>,
 }
 
 impl<T: Message> Puller<T> {
-    pub(super) fn new(queue: &Arc<Inner<T>>, max: usize, wait: Duration) -> Self {
-        Self { queue: Arc::clone(queue), max, deadline: Instant::now() + wait }
+    pub(super) fn new(
+        queue: &Arc<Inner<T>>,
+        max: usize,
+        deadline: Instant,
+        giving: Giving<T>,
+    ) -> Self {
+        Self { queue: Arc::clone(queue), max, deadline, giving }
     }
 
-    pub(super) async fn run(self, mut waiter: Waiter<T>) {
-        let queue = Arc::clone(&self.queue);
-        let pulled = self.pull(&mut waiter).await;
-        let parcel = pulled.map(|deliveries| Parcel { queue, deliveries });
-        // If nobody waits any more the parcel is dropped, and sees to it.
-        drop(waiter.send(parcel));
+    pub(super) async fn run(self) {
+        self.giving.give(self.pull().await);
     }
 
-    async fn pull(&self, waiter: &mut Waiter<T>) -> Result<Vec<NatsDelivery<T>>, QueueError> {
+    async fn pull(&self) -> Result<Vec<NatsDelivery<T>>, QueueError> {
         let mut backoff = Backoff::new(RETRY_DELAY);
         let mut one_shot = true;
         loop {
@@ -129,7 +78,6 @@ impl<T: Message> Puller<T> {
             let connection = tokio::select! {
                 connection = shared.link.up() => connection,
                 () = tokio::time::sleep_until(self.deadline) => return Ok(Vec::new()),
-                () = waiter.closed() => return Ok(Vec::new()),
             };
             match self.queue.ensure_consumer().await {
                 Ok(()) => {}
@@ -140,22 +88,22 @@ impl<T: Message> Puller<T> {
                             "cannot pull now; trying again"
                         );
                     }
-                    if self.is_over_after(&mut backoff, waiter).await {
+                    if self.is_over_after(&mut backoff).await {
                         return Ok(Vec::new());
                     }
                     continue;
                 }
                 Err(error) => return Err(error.into()),
             }
-            let (messages, end) = self.request(one_shot, connection, waiter).await?;
-            let deliveries = self.sort(messages).await;
+            let (messages, end) = self.request(one_shot, connection).await?;
+            let deliveries = sort(&self.queue, messages).await;
             if !deliveries.is_empty() {
                 return Ok(deliveries);
             }
             one_shot = true;
             match end {
                 End::Done | End::Cut => {
-                    if Instant::now() >= self.deadline || waiter.is_closed() {
+                    if self.is_over() {
                         return Ok(Vec::new());
                     }
                     continue;
@@ -171,18 +119,21 @@ impl<T: Message> Puller<T> {
                     }
                 }
             }
-            if self.is_over_after(&mut backoff, waiter).await {
+            if self.is_over_after(&mut backoff).await {
                 return Ok(Vec::new());
             }
         }
     }
 
-    /// Waits a little; whether the pull's time is over or nobody waits any more.
-    async fn is_over_after(&self, backoff: &mut Backoff, waiter: &mut Waiter<T>) -> bool {
-        tokio::select! {
-            () = backoff.wait() => Instant::now() >= self.deadline,
-            () = waiter.closed() => true,
-        }
+    /// Whether its time is over or nobody waits any more.
+    fn is_over(&self) -> bool {
+        Instant::now() >= self.deadline || !self.giving.slot.is_watched()
+    }
+
+    /// The same after a little while.
+    async fn is_over_after(&self, backoff: &mut Backoff) -> bool {
+        backoff.wait().await;
+        self.is_over()
     }
 
     /// One request for messages, to its end.
@@ -190,12 +141,11 @@ impl<T: Message> Puller<T> {
         &self,
         one_shot: bool,
         connection: u64,
-        waiter: &mut Waiter<T>,
     ) -> Result<(Vec<NatsMessage>, End), QueueError> {
         let shared = &self.queue.fleet.shared;
         let source = self.queue.source()?;
         let left = self.deadline.saturating_duration_since(Instant::now());
-        let left = left.max(Duration::from_millis(1));
+        let left = left.clamp(Duration::from_millis(1), REQUEST_TIME);
         let nanos = u64::try_from(left.as_nanos()).unwrap_or(u64::MAX);
         let (max, body) = if one_shot {
             (self.max, json!({ "batch": self.max, "expires": nanos, "no_wait": true }))
@@ -231,59 +181,73 @@ impl<T: Message> Puller<T> {
                         }
                     },
                 },
-                () = waiter.closed() => break End::Cut,
+                // What was on its way is lost with the connection, until its lease runs out.
                 () = shared.link.lost(connection) => break End::Cut,
-                () = tokio::time::sleep_until(give_up) => break End::Cut,
+                () = tokio::time::sleep_until(give_up) => {
+                    tokio::spawn(straggle(Arc::clone(&self.queue), subscriber));
+                    break End::Cut;
+                }
             }
         };
-        if matches!(end, End::Cut) {
-            drain(&mut subscriber, &mut messages).await;
-        }
         Ok((messages, end))
     }
+}
 
-    /// Deliveries of the messages that can be read; the others are dealt with here.
-    async fn sort(&self, messages: Vec<NatsMessage>) -> Vec<NatsDelivery<T>> {
-        let mut deliveries = Vec::with_capacity(messages.len());
-        let mut others = Vec::new();
-        for message in messages {
-            let context = &self.queue.fleet.shared.jetstream;
-            let Some(received) = Received::new(message, context) else {
-                tracing::debug!("a message that no stream sent was ignored");
-                continue;
-            };
-            match received.decode::<T>() {
-                Ok(message) => deliveries.push(NatsDelivery::new(&self.queue, message, received)),
-                Err(unreadable) => others.push((received, unreadable)),
-            }
+/// Takes what comes for a request that was given up because the server kept silent.
+async fn straggle<T: Message>(queue: Arc<Inner<T>>, mut subscriber: Subscriber) {
+    let deadline = Instant::now() + STRAGGLE_TIME;
+    while let Ok(Some(message)) = tokio::time::timeout_at(deadline, subscriber.next()).await {
+        if ended_by(&message).is_some() {
+            return;
         }
-        if !others.is_empty() {
-            // What can't be dealt with in time comes again.
-            drop(tokio::time::timeout(ANSWER_TIMEOUT, self.put_aside(others)).await);
-        }
-        deliveries
+        drop(Parcel::new(&queue, sort(&queue, vec![message]).await));
     }
+}
 
-    async fn put_aside(&self, others: Vec<(Received, Unreadable)>) {
-        for (received, unreadable) in others {
-            let done = match unreadable {
-                Unreadable::Newer(version) => {
-                    tracing::warn!(
-                        "left a message of version {version} to a newer program; this one reads {WIRE_VERSION}"
-                    );
-                    received.give_back(&self.queue.fleet, NEWER_DELAY, self.queue.lease()).await
-                }
-                Unreadable::Garbage(reason) => {
-                    tracing::error!(
-                        error = reason,
-                        "a message that cannot be read is now a dead letter"
-                    );
-                    received.bury(&self.queue.fleet, &reason, self.queue.lease()).await
-                }
-            };
-            if let Err(error) = done {
-                tracing::debug!(%error, "a message that cannot be read comes again");
+/// Deliveries of the messages that can be read; the others are dealt with here.
+async fn sort<T: Message>(
+    queue: &Arc<Inner<T>>,
+    messages: Vec<NatsMessage>,
+) -> Vec<NatsDelivery<T>> {
+    let context = &queue.fleet.shared.jetstream;
+    let mut deliveries = Vec::with_capacity(messages.len());
+    let mut others = Vec::new();
+    for message in messages {
+        let Some(received) = Received::new(message, context) else {
+            tracing::debug!("a message that no stream sent was ignored");
+            continue;
+        };
+        match received.decode::<T>() {
+            Ok(message) => deliveries.push(NatsDelivery::new(queue, message, received)),
+            Err(unreadable) => others.push((received, unreadable)),
+        }
+    }
+    if !others.is_empty() {
+        // What can't be dealt with in time comes again.
+        drop(tokio::time::timeout(ANSWER_TIMEOUT, put_aside(queue, others)).await);
+    }
+    deliveries
+}
+
+async fn put_aside<T: Message>(queue: &Inner<T>, others: Vec<(Received, Unreadable)>) {
+    for (received, unreadable) in others {
+        let done = match unreadable {
+            Unreadable::Newer(version) => {
+                tracing::warn!(
+                    "left a message of version {version} to a newer program; this one reads {WIRE_VERSION}"
+                );
+                received.give_back(&queue.fleet, NEWER_DELAY, queue.lease()).await
             }
+            Unreadable::Garbage(reason) => {
+                tracing::error!(
+                    error = reason,
+                    "a message that cannot be read is now a dead letter"
+                );
+                received.bury(&queue.fleet, &reason, queue.lease()).await
+            }
+        };
+        if let Err(error) = done {
+            tracing::debug!(%error, "a message that cannot be read comes again");
         }
     }
 }
@@ -294,22 +258,6 @@ pub(super) enum Unreadable {
     Newer(u16),
     /// Nobody will ever read it; the reason.
     Garbage(String),
-}
-
-/// Unsubscribes, and takes what was on its way.
-async fn drain(subscriber: &mut Subscriber, messages: &mut Vec<NatsMessage>) {
-    let draining = async {
-        if subscriber.drain().await.is_err() {
-            return;
-        }
-        while let Some(message) = subscriber.next().await {
-            if message.status.is_none_or(|status| status == StatusCode::OK) {
-                messages.push(message);
-            }
-        }
-    };
-    // While the connection is gone nothing is on its way.
-    drop(tokio::time::timeout(GRACE, draining).await);
 }
 
 /// Whether a message of the server's own ends the request, and how.

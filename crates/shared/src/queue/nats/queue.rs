@@ -1,18 +1,17 @@
 //! One queue of a [`Fleet`]: which subject a message goes to, which consumer it comes from.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_nats::jetstream::consumer::{AckPolicy, DeliverPolicy, Info, pull};
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
-use tokio::runtime::Handle;
-use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use super::error::ApiError;
+use super::handover::{Pending, Watching};
 use super::publish::Envelope;
-use super::pull::{Parcel, Puller};
+use super::pull::Puller;
 use super::streams::{Nothing, code, is_absent};
 use super::{Fleet, FleetError, JOBS, NatsDelivery, RESULTS, job_subject, outcome_subject};
 use crate::message::{Job, RunId, Settled};
@@ -27,6 +26,9 @@ const MAX_WAITING: i64 = 10_000;
 const INACTIVE_THRESHOLD: Duration = Duration::from_secs(7 * 24 * 3600);
 /// The server refuses longer names.
 const MAX_NAME_BYTES: usize = 200;
+
+/// How much later than asked a pull of its own may end.
+const SLACK: Duration = Duration::from_secs(1);
 
 /// A queue on JetStream. Clones share what is on its way to them.
 pub struct NatsQueue<T: Message> {
@@ -60,8 +62,7 @@ pub(super) struct Inner<T: Message> {
     pub(super) source: Option<Source>,
     /// The consumer's lease, once it is known to exist.
     lease: Mutex<Option<Duration>>,
-    /// Deliveries that came for a pull which was dropped, with the number of their coming.
-    pub(super) leftovers: Mutex<VecDeque<(u64, NatsDelivery<T>)>>,
+    pub(super) pending: Pending<T>,
 }
 
 impl NatsQueue<Job> {
@@ -113,7 +114,7 @@ impl<T: Message> NatsQueue<T> {
             target,
             source,
             lease: Mutex::new(None),
-            leftovers: Mutex::new(VecDeque::new()),
+            pending: Pending::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -134,18 +135,29 @@ impl<T: Message> Queue<T> for NatsQueue<T> {
     }
 
     async fn pull(&self, max: usize, wait: Duration) -> Result<Vec<NatsDelivery<T>>, QueueError> {
-        let left = self.inner.take_leftovers(max);
-        if !left.is_empty() || max == 0 {
-            return Ok(left);
-        }
-        // On a task of its own, so that whoever stops waiting strands nothing.
-        let (sender, receiver) = oneshot::channel();
-        let puller = Puller::new(&self.inner, max, wait);
-        tokio::spawn(puller.run(sender));
-        match receiver.await {
-            Ok(pulled) => pulled.map(Parcel::open),
-            // The runtime shuts down.
-            Err(_) => Ok(Vec::new()),
+        let deadline = Instant::now() + wait;
+        loop {
+            let left = self.inner.pending.take_leftovers(max);
+            if !left.is_empty() || max == 0 {
+                return Ok(left);
+            }
+            // One that was begun for a pull which is gone, else a new one.
+            let (watching, limit) = match Watching::adopt(&self.inner) {
+                Some(adopted) => (adopted, deadline),
+                None => {
+                    let (watching, giving) = Watching::new(&self.inner);
+                    tokio::spawn(Puller::new(&self.inner, max, deadline, giving).run());
+                    // It ends by itself, unless the server can't be reached.
+                    (watching, deadline + SLACK)
+                }
+            };
+            let pulled = match watching.result(limit).await {
+                Some(parcel) => parcel?.take(max),
+                None => return Ok(Vec::new()),
+            };
+            if !pulled.is_empty() || Instant::now() >= deadline {
+                return Ok(pulled);
+            }
         }
     }
 }
@@ -302,15 +314,4 @@ impl<T: Message> Inner<T> {
         }
         Ok(config.ack_wait)
     }
-
-    fn take_leftovers(&self, max: usize) -> Vec<NatsDelivery<T>> {
-        let mut leftovers = self.leftovers.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = max.min(leftovers.len());
-        leftovers.drain(..count).map(|(_, delivery)| delivery).collect()
-    }
-}
-
-/// The runtime to settle things on after the fact; none while it shuts down.
-pub(super) fn runtime() -> Option<Handle> {
-    Handle::try_current().ok()
 }
