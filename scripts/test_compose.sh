@@ -116,11 +116,11 @@ images() {
 
 # Nothing but NATS on 127.0.0.1 is published, and no role runs as root.
 exposed() {
-    local published
+    local published users
     published=$(docker ps --filter "label=com.docker.compose.project=$project" --format '{{.Ports}}' | tr ',' '\n' | grep -e '->' || true)
     [[ $published =~ ^127\.0\.0\.1:[0-9]+-\>4222/tcp$ ]] || die "expected only NATS on 127.0.0.1 to be published, found: $published"
-    [ "$(docker inspect --format '{{.Config.User}}' $(containers gpu-worker) $(containers collector) | sort -u)" = 1000:1000 ] ||
-        die "expected the roles to run as user 1000"
+    users=$({ containers gpu-worker; containers collector; } | xargs docker inspect --format '{{.Config.User}}' | sort -u)
+    [ "$users" = 1000:1000 ] || die "expected the roles to run as user 1000, found: $users"
 }
 
 examples() {
@@ -178,7 +178,7 @@ check() {
     for ((i = 0; i < QUERIES; i++)); do echo "more-$i"; done | sort >"$work/expected"
     answered "$results/more.jsonl" | diff "$work/expected" - >"$work/diff" || { head "$work/diff"; die "expected each id once in more.jsonl"; }
     [ "$(wc -l <"$results/more.jsonl")" = "$QUERIES" ] || die "more.jsonl has lines that are no answers"
-    [ "$(answered "$results/examples.jsonl" | uniq | wc -l)" = 17 ] && [ "$(wc -l <"$results/examples.jsonl")" = 17 ] ||
+    [ "$(answered "$results/examples.jsonl" | uniq | wc -l) $(wc -l <"$results/examples.jsonl")" = "17 17" ] ||
         die "expected 17 answers in examples.jsonl, found $(wc -l <"$results/examples.jsonl") lines"
     [ "$(stat -c %u "$results/more.jsonl")" = 1000 ] || die "expected the results to belong to user 1000"
     say "each of $((QUERIES + 17)) ids has exactly one line"
