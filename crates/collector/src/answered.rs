@@ -26,9 +26,26 @@ impl Answered {
         self.len() == 0
     }
 
-    /// Marks `id`; whether it was new.
-    pub(crate) fn mark(&self, id: &JobId) -> bool {
-        self.lock().insert(id.digest())
+    pub(crate) fn which(&self, ids: &[IdDigest]) -> Vec<bool> {
+        let set = self.lock();
+        ids.iter().map(|id| set.contains(id)).collect()
+    }
+
+    /// Adds `ids`; gives which of them were there already.
+    pub(crate) fn mark(&self, ids: &[IdDigest]) -> Vec<usize> {
+        let mut set = self.lock();
+        (0..ids.len()).filter(|&index| !set.insert(ids[index])).collect()
+    }
+
+    pub(crate) fn forget(&self, ids: &[IdDigest]) {
+        let mut set = self.lock();
+        for id in ids {
+            set.remove(id);
+        }
+    }
+
+    pub(crate) fn clear(&self) {
+        self.lock().clear();
     }
 
     fn lock(&self) -> MutexGuard<'_, HashSet<IdDigest>> {

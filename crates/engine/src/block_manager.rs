@@ -49,7 +49,7 @@ struct Block {
 }
 
 /// Free content that is kept whatever the sequences own, in blocks: room for a few shared prefixes.
-const MIN_KEPT_BLOCKS: usize = 256;
+const MIN_KEPT_BLOCKS: usize = 64;
 
 /// Owner book of the KV cache.
 #[derive(Debug)]

@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::block_manager::BlockManager;
@@ -112,6 +113,19 @@ pub struct Finished {
     pub completion_tokens: usize,
     /// Tokens of the prompt that prefix caching spared.
     pub cached_tokens: usize,
+    /// How long it took.
+    pub timing: Timing,
+}
+
+/// How long an answer took, from [`Engine::add`] on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Timing {
+    /// Until its first step began.
+    pub waited: Duration,
+    /// Until its first token.
+    pub first_token: Duration,
+    /// Until its end.
+    pub total: Duration,
 }
 
 /// What became of a request in a step.
@@ -156,6 +170,9 @@ pub struct Stats {
 struct Answer {
     sampling: SamplingParams,
     detokenizer: Detokenizer,
+    added_at: Instant,
+    timing: Timing,
+    has_begun: bool,
 }
 
 /// A model that answers.
@@ -266,7 +283,14 @@ impl Engine {
             ));
         }
         let detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer), sampling.stop.clone());
-        self.answers.insert(id, Answer { sampling, detokenizer });
+        let answer = Answer {
+            sampling,
+            detokenizer,
+            added_at: Instant::now(),
+            timing: Timing::default(),
+            has_begun: false,
+        };
+        self.answers.insert(id, answer);
         self.scheduler.add(Sequence::new(id, prompt));
         Ok(())
     }
@@ -293,6 +317,7 @@ impl Engine {
         if plan.scheduled.is_empty() {
             return Ok(outputs);
         }
+        self.note_begun(&plan);
         let Some(sampled) = self.run(&plan)? else {
             return Ok(outputs);
         };
@@ -302,6 +327,16 @@ impl Engine {
             outputs.extend(self.settle(id, sampled));
         }
         Ok(outputs)
+    }
+
+    /// Notes the end of the wait of those whose first step this is.
+    fn note_begun(&mut self, plan: &Plan) {
+        for scheduled in &plan.scheduled {
+            if let Some(answer) = self.answers.get_mut(&scheduled.id).filter(|a| !a.has_begun) {
+                answer.has_begun = true;
+                answer.timing.waited = answer.added_at.elapsed();
+            }
+        }
     }
 
     /// Numbers up to now.
@@ -366,6 +401,7 @@ impl Engine {
         self.stats.generation_tokens += 1;
         let num_generated = sequence.generated().len();
         if num_generated == 1 {
+            answer.timing.first_token = answer.added_at.elapsed();
             self.stats.prompt_tokens += sequence.num_prompt_tokens() as u64;
             self.stats.cached_prompt_tokens += sequence.num_cached_tokens() as u64;
         }
@@ -395,6 +431,7 @@ impl Engine {
             prompt_tokens: sequence.num_prompt_tokens(),
             completion_tokens: sequence.generated().len(),
             cached_tokens: sequence.num_cached_tokens(),
+            timing: Timing { total: answer.added_at.elapsed(), ..answer.timing },
         })))
     }
 }

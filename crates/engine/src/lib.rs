@@ -17,7 +17,9 @@ mod tokenizer;
 
 pub use chat_template::{ChatTemplate, Message, UserFields, UserTemplate};
 pub use detokenizer::Detokenizer;
-pub use engine::{Engine, EngineConfig, FinishReason, Finished, Request, Stats, StepOutput};
+pub use engine::{
+    Engine, EngineConfig, FinishReason, Finished, Request, Stats, StepOutput, Timing,
+};
 pub use prompt::{Prompt, PromptFormat};
 pub use sampler::{SampleError, SamplingParams, sample};
 pub use step::TokenId;

@@ -10,7 +10,8 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::normalizers::NormalizerWrapper;
 use tokenizers::{
-    Model, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer, TokenizerImpl,
+    Model, ModelWrapper, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer,
+    TokenizerImpl,
 };
 
 use crate::Error;
@@ -18,6 +19,9 @@ use crate::step::TokenId;
 
 /// How often a text is searched again for control tokens that appear once others are broken up.
 const MAX_NEUTRALISE_PASSES: usize = 16;
+/// Words whose tokens are remembered, in each thread that tokenises. Most of a text is made of far
+/// fewer; the default of `tokenizers` takes megabytes a thread.
+const WORD_CACHE_CAPACITY: usize = 4096;
 
 /// A model's tokenizer.
 #[derive(Debug)]
@@ -57,6 +61,7 @@ impl Tokenizer {
         inner.with_truncation(None).map_err(|error| Error::Model(error.to_string()))?;
         inner.with_padding(None);
         inner.set_encode_special_tokens(false);
+        bound_word_cache(&mut inner);
         let added = inner.get_added_tokens_decoder();
         let control: HashSet<TokenId> = added
             .iter()
@@ -218,6 +223,15 @@ impl Tokenizer {
         let text = self.decode(&anchor).unwrap_or_default();
         let twice = self.decode(&[anchor.clone(), anchor.clone()].concat()).unwrap_or_default();
         if text.trim() == "a" && twice.starts_with(&text) { anchor } else { Vec::new() }
+    }
+}
+
+/// Makes the word cache small. The model inside can't be changed in place, so this copies it once.
+fn bound_word_cache(tokenizer: &mut tokenizers::Tokenizer) {
+    if matches!(tokenizer.get_model(), ModelWrapper::BPE(_) | ModelWrapper::Unigram(_)) {
+        let mut model = tokenizer.get_model().clone();
+        model.resize_cache(WORD_CACHE_CAPACITY);
+        tokenizer.with_model(model);
     }
 }
 

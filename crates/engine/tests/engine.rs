@@ -93,7 +93,8 @@ fn assert_same(answers: &Answers, expected: &Answers) {
     assert_eq!(answers.len(), expected.len());
     for (id, answer) in answers {
         let cached_tokens = expected[id].cached_tokens;
-        assert_eq!(Finished { cached_tokens, ..answer.clone() }, expected[id]);
+        let timing = expected[id].timing;
+        assert_eq!(Finished { cached_tokens, timing, ..answer.clone() }, expected[id]);
     }
 }
 

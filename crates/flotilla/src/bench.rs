@@ -15,6 +15,9 @@ use crate::cli::{self, BenchCommand, BenchOptions};
 use crate::statistics::Statistics;
 use crate::telemetry;
 
+mod processes;
+mod queue;
+
 /// Queries of the default throughput run.
 const DEFAULT_QUERIES: u64 = 500;
 /// Numbers of queries whose peak memory the default compares.
@@ -32,6 +35,7 @@ pub(crate) fn main(options: &BenchOptions) -> anyhow::Result<ExitCode> {
         Some(BenchCommand::Run { queries, model_path }) => run(*queries, model_path.as_ref())?,
         Some(BenchCommand::Memory { queries }) => memory(queries)?,
         Some(BenchCommand::Retrieval { documents, queries }) => retrieval(*documents, *queries)?,
+        Some(BenchCommand::Queue(options)) => queue::main(options)?,
     };
     let text = if options.json { format!("{:#}\n", Value::Object(report)) } else { table(&report) };
     telemetry::print(&text)?;

@@ -9,6 +9,8 @@ use engine::EngineConfig;
 use producer::{RetrievalConfig, SourceConfig};
 use shared::Generation;
 
+pub(crate) mod fleet;
+
 /// The model that ships with flotilla.
 const SHIPPED_MODEL: &str = "models/flotilla-reader";
 
@@ -33,6 +35,31 @@ pub(crate) enum Command {
     Run(Box<RunOptions>),
     /// Retrieve a context for each query and write them to a file, without running a model.
     Contexts(Box<ContextsOptions>),
+    /// Turn queries into jobs on the queue, from a file, stdin, a growing file or HTTP.
+    ///
+    /// The same command run again adds nothing twice: the output gets one line for each id. Exit codes
+    /// as of `run`.
+    Produce(Box<fleet::ProduceOptions>),
+    /// Answer jobs of the queue on this machine, until SIGTERM or Ctrl-C.
+    ///
+    /// A machine joins the fleet with this command and leaves it at any time: its jobs go to the
+    /// others.
+    Work(Box<fleet::WorkOptions>),
+    /// Write the answers of a run to its output, each exactly once, until SIGTERM or Ctrl-C.
+    ///
+    /// A second collector of the same output waits until the first is gone, and takes over.
+    Collect(Box<fleet::CollectOptions>),
+    /// Show what the fleet is doing: runs, and workers.
+    Status(Box<fleet::StatusOptions>),
+    /// Put the failed jobs of a run back to the queue, and take their lines out of the output.
+    ///
+    /// The lines are kept in <output>.retried.jsonl. The run's collector must be running, or
+    /// --output-file given.
+    Retry(Box<fleet::RetryOptions>),
+    /// Publish those queries again that are neither in the output nor among the failed jobs.
+    ///
+    /// For a queue that lost what it had stored: after a power failure, or a wiped disk.
+    Reconcile(Box<fleet::ReconcileOptions>),
     /// Measure flotilla on this machine.
     Bench(BenchOptions),
 }
@@ -207,6 +234,28 @@ pub(crate) enum BenchCommand {
         #[arg(long, default_value_t = 10_000)]
         queries: usize,
     },
+    /// Jobs per second through the queue: all roles with their servers, and workers that do nothing.
+    Queue(QueueBench),
+}
+
+/// Options of `flotilla bench queue`.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct QueueBench {
+    /// Jobs of about 1 KB.
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    pub(crate) jobs: u64,
+    /// Worker processes.
+    #[arg(long, value_name = "N", default_value_t = 2)]
+    pub(crate) workers: u32,
+    /// The nats-server to start [default: the one that scripts/servers.sh fetched, or on PATH].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) nats_server: Option<PathBuf>,
+    /// The redis-server to start [default: the one on PATH].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) redis_server: Option<PathBuf>,
+    /// Let the NATS server sync every message to disk before it confirms it.
+    #[arg(long)]
+    pub(crate) sync_always: bool,
 }
 
 impl ModelOptions {

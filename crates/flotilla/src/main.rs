@@ -2,13 +2,23 @@
 
 mod bench;
 mod cli;
+mod collect;
 mod contexts;
 mod files;
+mod fleet;
+mod heartbeat;
+mod observe;
+mod produce;
 mod progress;
+mod reconcile;
 mod rejects;
+mod retry;
 mod run;
+mod signals;
 mod statistics;
+mod status;
 mod telemetry;
+mod work;
 
 use std::process::ExitCode;
 
@@ -31,6 +41,12 @@ fn main() -> ExitCode {
     let done = match cli.command {
         Command::Run(options) => run::main(&options),
         Command::Contexts(options) => contexts::main(&options),
+        Command::Produce(options) => produce::main(&options),
+        Command::Work(options) => work::main(&options),
+        Command::Collect(options) => collect::main(&options),
+        Command::Status(options) => status::main(&options),
+        Command::Retry(options) => retry::main(&options),
+        Command::Reconcile(options) => reconcile::main(&options),
         Command::Bench(options) => bench::main(&options),
     };
     match done {

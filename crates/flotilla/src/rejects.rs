@@ -1,7 +1,7 @@
 //! The report of input that can have no line in the output: it has no usable id.
 
 use std::fs::File;
-use std::io::{BufWriter, ErrorKind, Write};
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -16,8 +16,9 @@ const MAX_SHOWN: u64 = 10;
 /// `<output>.rejected.jsonl`: a line `{file, line, reason}` for each. There is no file where
 /// there is nothing to report.
 pub(crate) struct Rejects {
-    path: PathBuf,
-    file: Option<BufWriter<File>>,
+    /// `None` where they are only shown.
+    path: Option<PathBuf>,
+    file: Option<File>,
     count: u64,
     failure: Option<std::io::Error>,
 }
@@ -37,46 +38,62 @@ impl Rejects {
 
     /// An empty report beside `output_file`, in place of an earlier run's.
     pub(crate) fn beside(output_file: &Path) -> anyhow::Result<Self> {
-        let path = Self::path(output_file);
+        Self::at(Self::path(output_file))
+    }
+
+    /// An empty report at `path`, in place of an earlier run's.
+    pub(crate) fn at(path: PathBuf) -> anyhow::Result<Self> {
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
                 Err(error).with_context(|| format!("cannot replace {}", path.display()))
             }
-            _ => Ok(Self { path, file: None, count: 0, failure: None }),
+            _ => Ok(Self { path: Some(path), ..Self::shown() }),
         }
+    }
+
+    /// A report on stderr alone.
+    pub(crate) fn shown() -> Self {
+        Self { path: None, file: None, count: 0, failure: None }
     }
 
     /// Adds one.
     pub(crate) fn add(&mut self, bad: &BadInput) {
         self.count += 1;
-        if self.count <= MAX_SHOWN {
-            tracing::warn!("{bad}");
-        } else if self.count == MAX_SHOWN + 1 {
-            tracing::warn!("more bad input is only written to {}", self.path.display());
+        match &self.path {
+            None => tracing::warn!("{bad}"),
+            Some(_) if self.count <= MAX_SHOWN => tracing::warn!("{bad}"),
+            Some(path) if self.count == MAX_SHOWN + 1 => {
+                tracing::warn!("more bad input is only written to {}", path.display());
+            }
+            Some(_) => {}
         }
         if self.failure.is_none() {
             self.failure = self.write(bad).err();
         }
     }
 
+    /// One write a line, so that the report of a producer that follows its input is never behind.
     fn write(&mut self, bad: &BadInput) -> std::io::Result<()> {
+        let Some(path) = &self.path else { return Ok(()) };
         let file = match &mut self.file {
             Some(file) => file,
-            None => self.file.insert(BufWriter::new(File::create(&self.path)?)),
+            None => self.file.insert(File::create(path)?),
         };
         let reject =
             Reject { file: bad.file.display().to_string(), line: bad.line, reason: &bad.reason };
-        serde_json::to_writer(&mut *file, &reject)?;
-        file.write_all(b"\n")
+        let mut line = serde_json::to_vec(&reject)?;
+        line.push(b'\n');
+        file.write_all(&line)
     }
 
     /// Puts the report on disk.
     pub(crate) fn finish(self) -> anyhow::Result<()> {
         let synced = match (self.failure, self.file) {
             (Some(error), _) => Err(error),
-            (None, Some(mut file)) => file.flush().and_then(|()| file.get_ref().sync_all()),
+            (None, Some(file)) => file.sync_all(),
             (None, None) => Ok(()),
         };
-        synced.with_context(|| format!("cannot write {}", self.path.display()))
+        let path = self.path.unwrap_or_default();
+        synced.with_context(|| format!("cannot write {}", path.display()))
     }
 }

@@ -9,11 +9,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
-use collector::{End, Output};
+use collector::{Answered, Collector, End, Lock, MemoryDedup, Output};
 use engine::EngineConfig;
-use producer::{BadInput, JobTemplate, Published, Retriever};
+use gpu_worker::{Device, EngineBackend, Stats};
+use producer::{BadInput, JobTemplate, Published, Publisher, Retriever};
 use shared::{Context, Job, JobId, MemoryQueue, RunId, Settled};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
@@ -22,7 +23,7 @@ use crate::files;
 use crate::progress::Progress;
 use crate::rejects::Rejects;
 use crate::statistics::Statistics;
-use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, telemetry};
+use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, signals, telemetry};
 
 /// Jobs that wait in memory for a worker: enough that no slot stays free, few enough to be small.
 const QUEUE_CAPACITY: usize = 256;
@@ -48,28 +49,34 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
     };
     options.retrieval.validate()?;
     files::check(options.source.file()?.0, &options.output_file)?;
-    let mut output = Output::open(&options.output_file)?;
-    let contexts = contexts(options, &engine, &output)?;
-    let mut rejects = Rejects::beside(&options.output_file)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        // Each thread that tokenises keeps words of its own; no more of them than run at a time.
+        .max_blocking_threads(4 + 4 * options.workers as usize)
         .build()
         .context("cannot start the async runtime")?;
-    let answering = answer_all(options, &engine, template, contexts, (&mut output, &mut rejects));
+    let mut collector = runtime.block_on(async {
+        let output = Output::open(&options.output_file, Lock::Refuse).await?;
+        Collector::open(output, MemoryDedup::default()).await
+    })?;
+    let contexts = contexts(options, &engine, collector.answered())?;
+    let mut rejects = Rejects::beside(&options.output_file)?;
+    let answering =
+        answer_all(options, &engine, template, contexts, (&mut collector, &mut rejects));
     let answered = runtime.block_on(answering);
     // A thread that still reads ahead has nothing left to do.
     runtime.shutdown_background();
     let done = answered?;
     rejects.finish()?;
-    done.tell(options, &output);
-    Ok(done.exit_code(&output))
+    done.tell(options, &collector);
+    Ok(done.exit_code(&collector))
 }
 
 /// The input: its files open, its corpus indexed, what is answered already left out.
 fn contexts(
     options: &RunOptions,
     engine: &EngineConfig,
-    output: &Output,
+    answered: &Answered,
 ) -> anyhow::Result<impl Iterator<Item = Result<Context, BadInput>> + Send + use<>> {
     let retriever = match &options.retrieval.corpus_path {
         Some(_) if options.source.contexts_file.is_none() => {
@@ -78,7 +85,7 @@ fn contexts(
         }
         _ => None,
     };
-    let answered = output.answered().clone();
+    let answered = answered.clone();
     if !answered.is_empty() {
         let lines = answered.len();
         tracing::info!("{lines} lines are already in {}", options.output_file.display());
@@ -99,7 +106,7 @@ async fn answer_all(
     engine: &EngineConfig,
     template: JobTemplate,
     contexts: impl Iterator<Item = Result<Context, BadInput>> + Send + 'static,
-    (output, rejects): (&mut Output, &mut Rejects),
+    (collector, rejects): (&mut Collector<MemoryDedup>, &mut Rejects),
 ) -> anyhow::Result<Done> {
     let queues = Queues {
         jobs: MemoryQueue::new(QUEUE_CAPACITY, LEASE),
@@ -108,7 +115,7 @@ async fn answer_all(
     let shutdown = CancellationToken::new();
     let unwritable = CancellationToken::new();
     let (tell_end, end) = watch::channel(End::Open);
-    let interruption = interruption()?;
+    let interruption = signals::interruption()?;
     let (tell_total, total) = watch::channel(None);
     let workers = start_workers(options, engine, &queues, &shutdown);
     let mut progress = Progress::start(total);
@@ -116,7 +123,7 @@ async fn answer_all(
         let source = options.source.clone();
         // What a slice of the input has left can't be told from the number of lines.
         let is_whole = source.start_index == 0 && source.max_samples.is_none();
-        let num_answered = if is_whole { output.answered().len() as u64 } else { 0 };
+        let num_answered = if is_whole { collector.num_lines() } else { 0 };
         move || {
             let total = producer::count(&source);
             tell_total.send_replace(total.map(|total| total.saturating_sub(num_answered)));
@@ -124,10 +131,13 @@ async fn answer_all(
     });
 
     let producing = async {
-        let queues = (&queues.jobs, &queues.outcomes);
+        let queues = (queues.jobs.clone(), queues.outcomes.clone());
+        // In memory a publish is done as soon as there is room, and what has none at a shutdown
+        // never gets any.
+        let publisher =
+            Publisher::new(template, queues).with_window(1).with_drain_timeout(Duration::ZERO);
         let mut report = |bad: &BadInput| rejects.add(bad);
-        let published =
-            producer::publish(contexts, &template, queues, &shutdown, &mut report).await;
+        let published = producer::publish(contexts, &publisher, &shutdown, &mut report).await;
         match &published {
             // An end that was told already, by a shutdown, stays.
             Ok(published) => drop(tell_end.send_if_modified(|end| {
@@ -140,7 +150,10 @@ async fn answer_all(
         published
     };
     let collecting = async {
-        let collected = collector::run(&queues.outcomes, output, end, &mut progress).await;
+        // Nothing but its end is ever asked of it.
+        let (_, controls) = mpsc::channel(1);
+        let outcomes = &queues.outcomes;
+        let collected = collector::run(outcomes, collector, end, controls, &mut progress).await;
         if collected.is_err() {
             unwritable.cancel();
         }
@@ -172,13 +185,19 @@ fn start_workers(
 ) -> Workers {
     let mut workers = JoinSet::new();
     for rank in 0..options.workers {
-        let config =
-            gpu_worker::Config { rank, engine: engine.clone(), max_attempts: options.max_attempts };
-        let queues = queues.clone();
-        let shutdown = shutdown.clone();
+        let config = gpu_worker::Config {
+            rank,
+            name: rank.to_string(),
+            max_attempts: options.max_attempts,
+            // The user's second interrupt ends it.
+            drain_timeout: Duration::MAX,
+        };
+        let backend = EngineBackend { engine: engine.clone(), device: Device::Cpu };
+        let queues = (queues.jobs.clone(), queues.outcomes.clone());
+        let control = (Arc::new(Stats::default()), shutdown.clone());
         workers.spawn(async move {
             let ready = |model: &str| tracing::info!(worker = rank, model, "worker is ready");
-            gpu_worker::run(config, queues.jobs, queues.outcomes, shutdown, ready).await
+            gpu_worker::run(config, backend, queues, control, ready).await
         });
     }
     workers
@@ -236,35 +255,15 @@ async fn supervise(
     }
 }
 
-/// Cancelled by the first SIGINT or SIGTERM; the second ends the process at once. What is written
-/// is synced, and a torn last line is repaired by the next run.
-fn interruption() -> anyhow::Result<CancellationToken> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot handle SIGINT")?;
-    let mut terminate = signal(SignalKind::terminate()).context("cannot handle SIGTERM")?;
-    let token = CancellationToken::new();
-    let first = token.clone();
-    tokio::spawn(async move {
-        let mut next = async || {
-            tokio::select! { _ = interrupt.recv() => {}, _ = terminate.recv() => {} }
-        };
-        next().await;
-        first.cancel();
-        next().await;
-        std::process::exit(i32::from(INTERRUPTED));
-    });
-    Ok(token)
-}
-
 fn run_name(output_file: &Path) -> String {
     output_file.file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 impl Done {
     /// Says on stderr what the output holds now.
-    fn tell(&self, options: &RunOptions, output: &Output) {
+    fn tell(&self, options: &RunOptions, collector: &Collector<MemoryDedup>) {
         let path = options.output_file.display();
-        let (lines, failed) = (output.answered().len(), output.num_failed());
+        let (lines, failed) = (collector.num_lines(), collector.num_failed());
         let rejected = self.published.rejected;
         if rejected > 0 {
             let report = Rejects::path(&options.output_file);
@@ -282,10 +281,10 @@ impl Done {
         }
     }
 
-    fn exit_code(&self, output: &Output) -> ExitCode {
+    fn exit_code(&self, collector: &Collector<MemoryDedup>) -> ExitCode {
         if self.interrupted {
             ExitCode::from(INTERRUPTED)
-        } else if output.num_failed() > 0 || self.published.rejected > 0 {
+        } else if collector.num_failed() > 0 || self.published.rejected > 0 {
             ExitCode::from(FINISHED_WITH_FAILURES)
         } else {
             ExitCode::SUCCESS

@@ -46,6 +46,15 @@ pub(crate) fn print(text: &str) -> io::Result<()> {
     }
 }
 
+/// Writes result text to stdout at once; whether anybody still reads it.
+pub(crate) fn print_live(text: &str) -> io::Result<bool> {
+    let mut stdout = io::stdout();
+    match stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush()) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
 #[derive(Clone, Copy)]
 struct Stderr;
 

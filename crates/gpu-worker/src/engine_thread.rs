@@ -5,39 +5,42 @@
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use engine::{
-    Engine, EngineConfig, Finished, PromptFormat, Request, SamplingParams, StepOutput, TokenId,
+    Engine, EngineConfig, Finished, PromptFormat, Request, SamplingParams, Stats, StepOutput,
+    TokenId,
 };
 use tokio::sync::{mpsc, oneshot};
 
 use crate::Error;
+use crate::backend::{Failure, Progress};
 
 /// A prompt to complete and where the answer goes.
 struct Submission {
     prompt: Vec<TokenId>,
     sampling: SamplingParams,
-    reply: oneshot::Sender<Result<Finished, String>>,
-}
-
-/// Why there is no completion.
-pub(crate) enum Failure {
-    /// This prompt can never be completed.
-    Rejected(String),
-    /// The engine is gone.
-    Down {
-        /// Whether it was this prompt's when it went.
-        held: bool,
-    },
+    reply: Reply,
 }
 
 /// A handle to the thread. Dropping it ends the thread once it has finished its current step.
 pub(crate) struct EngineThread {
     submissions: mpsc::Sender<Submission>,
     facts: Facts,
-    progress: Arc<AtomicU64>,
+    /// Prompts handed over.
+    num_submitted: AtomicU64,
+    shared: Arc<Shared>,
+}
+
+/// What the thread writes and everybody may read.
+#[derive(Default)]
+struct Shared {
+    /// Prompts that the thread is done with, whatever became of them.
+    num_ended: AtomicU64,
+    /// Steps computed, and prompts taken in.
+    num_steps: AtomicU64,
+    stats: Mutex<Stats>,
 }
 
 /// What the thread tells once the model is loaded.
@@ -74,12 +77,12 @@ impl EngineThread {
     ) -> Result<Self, Error> {
         let (submissions, inbox) = mpsc::channel(config.max_num_seqs.max(1));
         let (loaded, facts) = oneshot::channel();
-        let progress = Arc::new(AtomicU64::new(0));
-        let thread_progress = Arc::clone(&progress);
+        let shared = Arc::new(Shared::default());
+        let thread_shared = Arc::clone(&shared);
         let main = move || {
             let Some(mut engine) = load(&config, loaded) else { return };
             let turn = AssertUnwindSafe(|| {
-                turn_until_closed(&mut engine, inbox, (&thread_progress, &watch))
+                turn_until_closed(&mut engine, inbox, (&thread_shared, &watch))
             });
             match catch_unwind(turn) {
                 Ok(Ok(())) => {}
@@ -90,7 +93,7 @@ impl EngineThread {
         std::thread::Builder::new().name("engine".into()).spawn(main).map_err(Error::Thread)?;
         // A panic while loading drops the sender.
         let facts = facts.await.map_err(|_closed| Error::LoadPanicked)?.map_err(Error::Load)?;
-        Ok(Self { submissions, facts, progress })
+        Ok(Self { submissions, facts, num_submitted: AtomicU64::new(0), shared })
     }
 
     /// Name of the model.
@@ -113,9 +116,19 @@ impl EngineThread {
         self.facts.max_num_seqs + self.facts.max_num_seqs.div_ceil(4)
     }
 
-    /// Steps taken so far: what a lease's renewal is bound to.
-    pub(crate) fn progress(&self) -> u64 {
-        self.progress.load(Ordering::Relaxed)
+    /// How far the thread is. It is busy until it has let go of every prompt that it was given,
+    /// whether anybody still waits for it or not.
+    pub(crate) fn progress(&self) -> Progress {
+        let num_ended = self.shared.num_ended.load(Ordering::Acquire);
+        Progress {
+            num_steps: self.shared.num_steps.load(Ordering::Relaxed),
+            is_busy: self.num_submitted.load(Ordering::Acquire) > num_ended,
+        }
+    }
+
+    /// The engine's numbers after its last step.
+    pub(crate) fn stats(&self) -> Stats {
+        *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Waits until the thread has ended.
@@ -131,9 +144,11 @@ impl EngineThread {
     ) -> Result<Finished, Failure> {
         let (reply, finished) = oneshot::channel();
         let submission = Submission { prompt, sampling, reply };
-        if self.submissions.send(submission).await.is_err() {
+        let Ok(room) = self.submissions.reserve().await else {
             return Err(Failure::Down { held: false });
-        }
+        };
+        self.num_submitted.fetch_add(1, Ordering::Release);
+        room.send(submission);
         match finished.await {
             Ok(result) => result.map_err(Failure::Rejected),
             Err(_closed) => {
@@ -167,69 +182,90 @@ fn load(
     }
 }
 
-type Replies = HashMap<u64, oneshot::Sender<Result<Finished, String>>>;
+type Reply = oneshot::Sender<Result<Finished, String>>;
 
 /// Steps the engine while it has work, waits for work while it has none, until the handle is gone.
 fn turn_until_closed(
     engine: &mut Engine,
     mut inbox: mpsc::Receiver<Submission>,
-    (progress, watch): (&AtomicU64, &impl Fn(&Engine, &Submission)),
+    (shared, watch): (&Shared, &impl Fn(&Engine, &Submission)),
 ) -> Result<(), engine::Error> {
-    let mut replies = Replies::new();
-    let mut next_id = 0;
+    let mut desk = Desk { shared, replies: HashMap::new(), next_id: 0 };
     loop {
         if !engine.has_unfinished() {
             match inbox.blocking_recv() {
                 Some(submission) => {
                     watch(engine, &submission);
-                    add(engine, &mut replies, &mut next_id, submission);
+                    desk.add(engine, submission);
                 }
                 None => return Ok(()),
             }
         }
         while let Ok(submission) = inbox.try_recv() {
             watch(engine, &submission);
-            add(engine, &mut replies, &mut next_id, submission);
+            desk.add(engine, submission);
         }
         if inbox.is_closed() && inbox.is_empty() {
             return Ok(());
         }
-        abort_unawaited(engine, &mut replies);
+        desk.abort_unawaited(engine);
         for output in engine.step()? {
-            settle(&mut replies, output);
+            desk.settle(output);
         }
-        progress.fetch_add(1, Ordering::Relaxed);
+        desk.step_is_done(engine);
     }
 }
 
-fn add(engine: &mut Engine, replies: &mut Replies, next_id: &mut u64, submission: Submission) {
-    let Submission { prompt, sampling, reply } = submission;
-    let id = *next_id;
-    *next_id += 1;
-    match engine.add(Request { id, prompt, sampling }) {
-        Ok(()) => drop(replies.insert(id, reply)),
+/// Who waits for which of the engine's answers.
+struct Desk<'a> {
+    shared: &'a Shared,
+    replies: HashMap<u64, Reply>,
+    next_id: u64,
+}
+
+impl Desk<'_> {
+    fn add(&mut self, engine: &mut Engine, submission: Submission) {
+        let Submission { prompt, sampling, reply } = submission;
+        let id = self.next_id;
+        self.next_id += 1;
+        self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
+        match engine.add(Request { id, prompt, sampling }) {
+            Ok(()) => drop(self.replies.insert(id, reply)),
+            Err(error) => self.end(reply, Err(error.to_string())),
+        }
+    }
+
+    /// Ends what nobody waits for any more: jobs whose lease was lost.
+    fn abort_unawaited(&mut self, engine: &mut Engine) {
+        let shared = self.shared;
+        self.replies.retain(|&id, reply| {
+            let awaited = !reply.is_closed();
+            if !awaited {
+                engine.abort(id);
+                shared.num_ended.fetch_add(1, Ordering::Release);
+            }
+            awaited
+        });
+    }
+
+    fn settle(&mut self, output: StepOutput) {
+        let (id, result) = match output {
+            StepOutput::Finished(finished) => (finished.id, Ok(finished)),
+            StepOutput::Failed { id, reason } => (id, Err(reason)),
+        };
+        if let Some(reply) = self.replies.remove(&id) {
+            self.end(reply, result);
+        }
+    }
+
+    fn end(&self, reply: Reply, result: Result<Finished, String>) {
+        self.shared.num_ended.fetch_add(1, Ordering::Release);
         // If nobody waits for the reply, nobody needs it.
-        Err(error) => drop(reply.send(Err(error.to_string()))),
-    }
-}
-
-/// Ends what nobody waits for any more: jobs whose lease was lost.
-fn abort_unawaited(engine: &mut Engine, replies: &mut Replies) {
-    replies.retain(|&id, reply| {
-        let awaited = !reply.is_closed();
-        if !awaited {
-            engine.abort(id);
-        }
-        awaited
-    });
-}
-
-fn settle(replies: &mut Replies, output: StepOutput) {
-    let (id, result) = match output {
-        StepOutput::Finished(finished) => (finished.id, Ok(finished)),
-        StepOutput::Failed { id, reason } => (id, Err(reason)),
-    };
-    if let Some(reply) = replies.remove(&id) {
         drop(reply.send(result));
+    }
+
+    fn step_is_done(&self, engine: &Engine) {
+        self.shared.num_steps.fetch_add(1, Ordering::Relaxed);
+        *self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner) = engine.stats();
     }
 }

@@ -25,9 +25,13 @@ pub(crate) struct Rendered {
 ///
 /// The context is cut, at the end of a line if one is near, so that `max_new_tokens` or a quarter of
 /// the window, whichever is less, stays free for the answer. What surrounds the context is never
-/// cut.
-pub(crate) fn render(format: &PromptFormat, job: &Job, window: usize) -> Result<Rendered, String> {
-    let prompt = Prompt { format, job, template: template(format, job)? };
+/// cut. Calls `step` for each text that it tokenises.
+pub(crate) fn render(
+    format: &PromptFormat,
+    job: &Job,
+    (window, step): (usize, &dyn Fn()),
+) -> Result<Rendered, String> {
+    let prompt = Prompt { format, job, template: template(format, job)?, step };
     let room = window - (job.generation.max_new_tokens as usize).min(window / MAX_ANSWER_SHARE);
     let context = &job.context.context;
     let max_bytes = room.saturating_mul(MAX_BYTES_PER_TOKEN);
@@ -67,6 +71,7 @@ struct Prompt<'a> {
     format: &'a PromptFormat,
     job: &'a Job,
     template: UserTemplate,
+    step: &'a dyn Fn(),
 }
 
 impl Prompt<'_> {
@@ -83,6 +88,7 @@ impl Prompt<'_> {
             .format
             .render(self.job.system_prompt.as_deref(), &user)
             .map_err(|error| error.to_string())?;
+        (self.step)();
         let text_sha256 = format!("{:x}", Sha256::digest(prompt.text.as_bytes()));
         Ok(Rendered { text_sha256, token_ids: prompt.token_ids, context_truncated: false })
     }

@@ -1,176 +1,254 @@
-//! One job's way through a worker: render, complete, publish the outcome, settle.
+//! One job's way through a worker: answer, publish the outcome, settle.
 //!
-//! What a failure means for the job is decided here. Rejected: a `Failed` outcome and a dead
-//! letter. Engine down: back to the queue. A job is never acked before its outcome is stored.
+//! What a failure means for the job is decided here. Rejected: a `Failed` outcome and a dead letter.
+//! Engine down, or no time left: back to the queue. A job is never acked before its outcome is stored.
 
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use engine::SamplingParams;
 use shared::{
-    Completed, Delivery, FinishReason, Generation, Job, Outcome, Queue, QueueError, Settled,
-    WIRE_VERSION,
+    Completed, Context, Delivery, Job, Outcome, Queue, QueueError, Settled, WIRE_VERSION,
 };
-use tokio::sync::{RwLock, Semaphore};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
-use crate::engine_thread::{EngineThread, Failure};
-use crate::prompt::{self, Rendered};
+use crate::Config;
+use crate::backend::{Counters, Failure, Serving};
+use crate::lease::{Lease, Lost};
+use crate::quarantine::{Place, Quarantine, SPARE_DELIVERIES, Treatment};
+use crate::stats::{FailureKind, Held, Source, Stats};
 
 /// How long a job rests that a worker could not finish.
 const RETRY_DELAY: Duration = Duration::from_millis(500);
-/// How long a job of a newer wire version rests, until a newer worker may take it.
+/// How long a job of a newer wire version rests at first, until a newer worker may take it. Twice as
+/// long each time: being passed on counts as a delivery, and deliveries are not without limit.
 const NEWER_VERSION_DELAY: Duration = Duration::from_secs(30);
-
-/// Prompts rendered at a time: tokenising one takes many times its text in memory.
-pub(crate) const MAX_RENDERING: usize = 4;
+/// Most doublings of it: about an hour.
+const MAX_DOUBLINGS: u32 = 7;
+/// Most of a query that goes into a failure for which the whole outcome was too large.
+const MAX_FAILED_QUERY_BYTES: usize = 64 << 10;
 
 /// What all jobs of one worker share while its engine lives.
-pub(crate) struct Server<O> {
-    pub(crate) rank: u32,
-    pub(crate) max_attempts: u32,
-    pub(crate) engine: EngineThread,
+pub(crate) struct Server<E, O> {
+    pub(crate) config: Config,
+    pub(crate) engine: E,
     pub(crate) outcomes: O,
-    /// Jobs on their last delivery hold it alone, all others together: if one of them takes the
-    /// engine down, it harms nobody else, and it is known which one it was.
-    pub(crate) alone: RwLock<()>,
-    /// [`MAX_RENDERING`] permits.
-    pub(crate) rendering: Semaphore,
+    pub(crate) stats: Arc<Stats>,
+    pub(crate) quarantine: Quarantine,
+    /// Cancelled when there is no time left: what is not settled goes back.
+    pub(crate) give_back: CancellationToken,
+    /// The engine's step at which it was found to hang, until it makes another.
+    pub(crate) hung_at: Mutex<Option<u64>>,
+    pub(crate) broken: Broken,
 }
 
-impl<O: Queue<Settled>> Server<O> {
-    /// Takes one job to its end; whether it was answered.
-    pub(crate) async fn serve<D: Delivery<Job>>(&self, delivery: D) -> bool {
-        match self.serve_inner(delivery).await {
-            Ok(answered) => answered,
+/// Notes the first error after which the worker can't go on.
+#[derive(Default)]
+pub(crate) struct Broken {
+    error: Mutex<Option<QueueError>>,
+    pub(crate) token: CancellationToken,
+}
+
+impl Broken {
+    pub(crate) fn set(&self, error: QueueError) {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+        self.token.cancel();
+    }
+
+    pub(crate) fn take(&self) -> Option<QueueError> {
+        self.error.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+impl<E: Serving, O: Send + Sync> Source for Server<E, O> {
+    fn counters(&self) -> Counters {
+        self.engine.counters()
+    }
+}
+
+/// Why a job has no answer and never will.
+struct Rejection {
+    kind: FailureKind,
+    reason: String,
+}
+
+/// Why a job has no answer from this engine.
+enum NoAnswer {
+    Rejected(Rejection),
+    EngineDown,
+}
+
+impl<E: Serving, O: Queue<Settled>> Server<E, O> {
+    /// Takes one job to its end; whether it was settled.
+    pub(crate) async fn serve<D: Delivery<Job>>(
+        &self,
+        delivery: D,
+        (place, _held): (Place, Held),
+    ) -> bool {
+        match self.serve_inner(delivery, place).await {
+            Ok(settled) => settled,
+            Err(error @ QueueError::Server(_)) => {
+                self.broken.set(error);
+                false
+            }
             // The job is somebody else's by now; if both finish, the collector keeps one.
             Err(error) => {
-                tracing::warn!(worker = self.rank, %error, "cannot settle a job");
+                self.stats.lost_lease();
+                tracing::warn!(worker = self.config.name, %error, "cannot settle a job");
                 false
             }
         }
     }
 
-    async fn serve_inner<D: Delivery<Job>>(&self, delivery: D) -> Result<bool, QueueError> {
-        let job = delivery.message();
-        if job.version > WIRE_VERSION {
-            delivery.retry(NEWER_VERSION_DELAY).await?;
-            return Ok(false);
+    /// The job keeps its place until it is settled: what runs alone waits for that.
+    async fn serve_inner<D: Delivery<Job>>(
+        &self,
+        delivery: D,
+        mut place: Place,
+    ) -> Result<bool, QueueError> {
+        let (started, attempt) = (Instant::now(), delivery.attempt());
+        if let Place::Aside(Treatment::PassOn) = place {
+            let doublings = (attempt - 1).min(MAX_DOUBLINGS);
+            return self.give_back(delivery, NEWER_VERSION_DELAY * (1 << doublings)).await;
         }
-        let started = Instant::now();
+        let mut lease = Lease::new(&delivery);
         let answer = tokio::select! {
-            answer = self.answer(job, delivery.attempt()) => answer,
-            error = self.keep_alive(&delivery) => return Err(error),
+            biased;
+            answer = self.answer(&delivery, &mut place) => answer,
+            () = self.give_back.cancelled() => Err(NoAnswer::EngineDown),
+            lost = lease.keep_while_working(&self.engine) => return self.lose(&delivery, lost),
         };
         let outcome = match answer {
-            Ok(completed) => Outcome::Completed(completed),
-            Err(Failure::Rejected(reason)) => Outcome::Failed(reason),
-            Err(Failure::Down { .. }) => {
-                delivery.retry(RETRY_DELAY).await?;
-                return Ok(false);
-            }
+            Ok(completed) => Ok(completed),
+            Err(NoAnswer::Rejected(rejection)) => Err(rejection),
+            Err(NoAnswer::EngineDown) => return self.give_back(delivery, RETRY_DELAY).await,
         };
-        let settled = Settled {
-            version: WIRE_VERSION,
-            run: job.run.clone(),
-            context: job.context.clone(),
-            model: Some(self.engine.model_name().to_owned()),
-            seed: job.generation.seed,
-            worker_rank: self.rank,
-            attempts: delivery.attempt(),
-            inference_time: started.elapsed().as_secs_f64(),
-            outcome,
+        let publishing = self.publish(delivery.message(), (attempt, started), outcome);
+        let published = tokio::select! {
+            biased;
+            published = publishing => Some(published?),
+            () = self.give_back.cancelled() => None,
+            error = lease.keep() => return Err(error),
         };
-        let failed = match &settled.outcome {
-            Outcome::Completed(_) => None,
-            Outcome::Failed(reason) => Some(reason.clone()),
-        };
-        self.outcomes.publish(settled).await?;
-        match failed {
-            None => delivery.ack().await?,
-            Some(reason) => {
+        match published {
+            Some(None) => delivery.ack().await?,
+            Some(Some(Rejection { kind, reason })) => {
+                self.stats.failed(kind);
                 tracing::debug!(job_id = %delivery.message().id(), reason, "job failed");
                 delivery.reject(reason).await?;
             }
+            None => return self.give_back(delivery, RETRY_DELAY).await,
         }
+        self.stats.settled_after(started.elapsed());
         Ok(true)
     }
 
-    /// Renders and completes one job.
-    async fn answer(&self, job: &Job, attempt: u32) -> Result<Completed, Failure> {
-        let rendered = self.render(job).await?;
-        let Rendered { text_sha256, token_ids, context_truncated } = rendered;
-        let sampling = sampling_params(&job.generation);
-        let completion = if attempt < self.max_attempts {
-            let _with_others = self.alone.read().await;
-            self.engine.complete(token_ids, sampling).await
-        } else {
-            let _alone = self.alone.write().await;
-            self.engine.complete(token_ids, sampling).await.map_err(|failure| match failure {
-                Failure::Down { held: true } => Failure::Rejected(format!(
+    /// Answers one job when its turn has come.
+    async fn answer<D: Delivery<Job>>(
+        &self,
+        delivery: &D,
+        place: &mut Place,
+    ) -> Result<Completed, NoAnswer> {
+        let attempt = delivery.attempt();
+        place.wait().await;
+        if let Place::Aside(_) = place {
+            let times = attempt - 1;
+            let reason = format!(
+                "given up unanswered: its worker was gone at the end of each of {times} deliveries, \
+                 of the last {} with no other job in it",
+                SPARE_DELIVERIES + 1
+            );
+            return Err(NoAnswer::Rejected(Rejection { kind: FailureKind::GivenUp, reason }));
+        }
+        match self.engine.answer(delivery.message()).await {
+            Ok(answer) => {
+                self.stats.answered(&answer);
+                Ok(answer.completed)
+            }
+            Err(Failure::Rejected(reason)) => {
+                Err(NoAnswer::Rejected(Rejection { kind: FailureKind::Refused, reason }))
+            }
+            Err(Failure::Down { held: true }) if place.is_alone() => {
+                let reason = format!(
                     "the engine went down on it in delivery {attempt}, with no other job in it"
-                )),
-                other => other,
-            })
+                );
+                Err(NoAnswer::Rejected(Rejection { kind: FailureKind::TookEngineDown, reason }))
+            }
+            Err(Failure::Down { .. }) => Err(NoAnswer::EngineDown),
+        }
+    }
+
+    /// Stores the outcome; returns why the job failed, if it did. An outcome too large for the queue
+    /// becomes a failure without the long texts.
+    async fn publish(
+        &self,
+        job: &Job,
+        (attempts, started): (u32, Instant),
+        outcome: Result<Completed, Rejection>,
+    ) -> Result<Option<Rejection>, QueueError> {
+        let settled = |context, outcome| Settled {
+            version: WIRE_VERSION,
+            run: job.run.clone(),
+            context,
+            model: Some(self.engine.model_name().to_owned()),
+            seed: job.generation.seed,
+            worker_rank: self.config.rank,
+            attempts,
+            inference_time: started.elapsed().as_secs_f64(),
+            outcome,
         };
-        let finished = completion?;
-        Ok(Completed {
-            answer: finished.text,
-            finish_reason: match finished.finish_reason {
-                engine::FinishReason::Stop => FinishReason::Stop,
-                engine::FinishReason::Length => FinishReason::Length,
-            },
-            prompt_tokens: to_u32(finished.prompt_tokens),
-            completion_tokens: to_u32(finished.completion_tokens),
-            prompt_sha256: text_sha256,
-            context_truncated,
-        })
+        let (outcome, rejection) = match outcome {
+            Ok(completed) => (Outcome::Completed(completed), None),
+            Err(rejection) => (Outcome::Failed(rejection.reason.clone()), Some(rejection)),
+        };
+        let stored = self.outcomes.publish(settled(job.context.clone(), outcome)).await;
+        let reason = match stored {
+            Ok(()) => return Ok(rejection),
+            Err(QueueError::TooLarge { bytes, limit, .. }) => {
+                format!("its outcome has {bytes} bytes, the queue takes {limit} at most")
+            }
+            Err(error) => return Err(error),
+        };
+        let short = settled(without_long_texts(&job.context), Outcome::Failed(reason.clone()));
+        match self.outcomes.publish(short).await {
+            Err(QueueError::TooLarge { .. }) => {
+                tracing::error!(job_id = %job.id(), run = job.run.0, reason, "a job has no line");
+            }
+            stored => stored?,
+        }
+        Ok(Some(Rejection { kind: FailureKind::TooLarge, reason }))
     }
 
-    /// Renders off the async threads: tokenising a long context takes milliseconds.
-    async fn render(&self, job: &Job) -> Result<Rendered, Failure> {
-        let format = self.engine.format().clone();
-        let (job, window) = (job.clone(), self.engine.max_model_len());
-        // Never closed; without a permit the job would only use more memory.
-        let _permit = self.rendering.acquire().await;
-        let rendered =
-            tokio::task::spawn_blocking(move || prompt::render(&format, &job, window)).await;
-        match rendered {
-            Ok(rendered) => rendered.map_err(Failure::Rejected),
-            Err(panic) => Err(Failure::Rejected(format!("rendering the prompt: {panic}"))),
-        }
+    async fn give_back<D: Delivery<Job>>(
+        &self,
+        delivery: D,
+        delay: Duration,
+    ) -> Result<bool, QueueError> {
+        self.stats.gave_back();
+        delivery.retry(delay).await?;
+        Ok(false)
     }
 
-    /// Renews the lease while the engine makes progress; returns only when the lease is lost.
-    ///
-    /// An engine that hangs stops renewing, so that its jobs go to other workers.
-    async fn keep_alive<D: Delivery<Job>>(&self, delivery: &D) -> QueueError {
-        let mut seen = None;
-        loop {
-            tokio::time::sleep(delivery.lease() / 3).await;
-            let progress = Some(self.engine.progress());
-            if progress == seen {
-                continue;
-            }
-            seen = progress;
-            if let Err(error) = delivery.keep_alive().await {
-                return error;
-            }
+    fn lose<D: Delivery<Job>>(&self, delivery: &D, lost: Lost) -> Result<bool, QueueError> {
+        let progress = match lost {
+            Lost::Queue(error) => return Err(error),
+            Lost::Hung(progress) => progress,
+        };
+        let mut hung_at = self.hung_at.lock().unwrap_or_else(PoisonError::into_inner);
+        if hung_at.replace(progress.num_steps).is_none() {
+            let attempt = delivery.attempt();
+            tracing::error!(
+                worker = self.config.name, job_id = %delivery.message().id(), attempt,
+                "the engine hangs; its jobs go back, and it gets no others until it goes on"
+            );
         }
+        self.stats.lost_lease();
+        Ok(false)
     }
 }
 
-fn sampling_params(generation: &Generation) -> SamplingParams {
-    SamplingParams {
-        max_new_tokens: generation.max_new_tokens as usize,
-        temperature: generation.temperature,
-        top_p: generation.top_p,
-        top_k: generation.top_k as usize,
-        stop: generation.stop.clone(),
-        seed: generation.seed,
-        ..SamplingParams::default()
-    }
-}
-
-fn to_u32(count: usize) -> u32 {
-    u32::try_from(count).unwrap_or(u32::MAX)
+/// The context of a failure that has to be small.
+fn without_long_texts(context: &Context) -> Context {
+    let query = &context.query[..context.query.floor_char_boundary(MAX_FAILED_QUERY_BYTES)];
+    Context { context: String::new(), query: query.to_owned(), ..context.clone() }
 }

@@ -3,6 +3,7 @@
 //! Every doc comment here is the option's `--help`.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 
@@ -132,16 +133,12 @@ fn parse_embedding_source(text: &str) -> Result<EmbeddingSource, String> {
 /// Which queries to answer.
 #[derive(Args, Clone, Debug, Default)]
 pub struct SourceConfig {
-    /// File of queries, a JSON array or one JSON object per line
-    #[arg(
-        long,
-        value_name = "FILE",
-        conflicts_with = "contexts_file",
-        required_unless_present = "contexts_file"
-    )]
+    /// File of queries, a JSON array or one JSON object per line; `-` is standard input
+    #[arg(long, value_name = "FILE", conflicts_with = "contexts_file")]
     pub queries_file: Option<PathBuf>,
 
-    /// File of finished contexts, as `flotilla contexts` writes it; nothing is retrieved
+    /// File of finished contexts, as `flotilla contexts` writes it; nothing is retrieved; `-` is
+    /// standard input
     #[arg(long, value_name = "FILE")]
     pub contexts_file: Option<PathBuf>,
 
@@ -169,5 +166,36 @@ impl SourceConfig {
                 Err(Error::Config(text.to_owned()))
             }
         }
+    }
+
+    /// Whether the input is standard input.
+    pub fn is_stdin(&self) -> Result<bool, Error> {
+        Ok(self.file()?.0.as_os_str() == "-")
+    }
+}
+
+/// Whether to go on reading at the end of the file.
+#[derive(Args, Clone, Debug, Default)]
+pub struct FollowConfig {
+    /// Go on reading the file as it grows, and the one that takes its name when it is rotated;
+    /// one JSON object per line
+    #[arg(long)]
+    pub follow: bool,
+
+    /// With --follow: end when nothing was added for this many seconds
+    #[arg(long, value_name = "SECONDS", requires = "follow")]
+    pub idle_timeout: Option<f64>,
+}
+
+impl FollowConfig {
+    /// How long nothing may come, checked.
+    pub fn idle_timeout(&self) -> Result<Option<Duration>, Error> {
+        let checked = |seconds: f64| {
+            Duration::try_from_secs_f64(seconds).map_err(|_| {
+                let text = format!("expected --idle-timeout of 0 seconds or more, given {seconds}");
+                Error::Config(text)
+            })
+        };
+        self.idle_timeout.map(checked).transpose()
     }
 }

@@ -77,6 +77,11 @@ impl<R: BufRead> Lines<R> {
         Ok(Some(Line { number, content }))
     }
 
+    /// The reader, at the start of the next line.
+    pub(crate) fn reader(&self) -> &R {
+        &self.reader
+    }
+
     /// The line that was read last, if it was not over the limit.
     pub(crate) fn current(&self) -> &[u8] {
         &self.buffer

@@ -1,19 +1,26 @@
 //! Contexts in, jobs out: gives each context its settings and seed, and publishes it.
 //!
 //! Bad input with an id becomes a failed outcome, so that its line says why; bad input without one
-//! goes to the caller's report.
+//! goes to the caller's report. A bounded number of publishes wait for the queue's confirmation at
+//! a time, and only what is confirmed counts.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use shared::{
     Context, Generation, Job, Outcome, Queue, QueueError, RunId, Settled, WIRE_VERSION, job_seed,
 };
-use tokio::sync::mpsc;
-use tokio::task::{JoinError, JoinHandle};
+use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
 
 use crate::BadInput;
+use crate::read_ahead::{Budget, Entry, Held, read_ahead};
+use crate::stats::Stats;
 
-/// Contexts read ahead of the queue.
-const READ_AHEAD: usize = 64;
+/// Characters of a question that still fit into the outcome of a job that is too large.
+const MAX_CUT_QUERY: usize = 1000;
 
 /// What all jobs of a run have in common.
 #[derive(Clone, Debug)]
@@ -29,7 +36,8 @@ pub struct JobTemplate {
 }
 
 impl JobTemplate {
-    fn job(&self, context: Context) -> Job {
+    /// The job that asks for an answer to this context.
+    pub fn job(&self, context: Context) -> Job {
         let seed = job_seed(self.generation.seed, &context.id);
         Job {
             version: WIRE_VERSION,
@@ -41,7 +49,8 @@ impl JobTemplate {
         }
     }
 
-    fn failed(&self, context: Context) -> Settled {
+    /// The outcome of a context that failed, which never becomes a job.
+    pub fn failed(&self, context: Context) -> Settled {
         let unnamed = || "its context failed without naming an error".to_owned();
         let reason = context.error.clone().unwrap_or_else(unnamed);
         Settled {
@@ -74,7 +83,7 @@ pub enum PublishError {
 pub struct Published {
     /// Jobs on the queue.
     pub jobs: u64,
-    /// Input that has no context to answer from, published as failed outcomes.
+    /// Input that can't become a job, published as failed outcomes.
     pub failed: u64,
     /// Bad input that can have no line, given to the report.
     pub rejected: u64,
@@ -85,66 +94,197 @@ impl Published {
     pub fn lines(&self) -> u64 {
         self.jobs + self.failed
     }
-}
 
-/// Publishes all of `contexts` in order, until they end or `shutdown`. Waits while a queue is full.
-///
-/// `report` is called for each bad input that has no line of its own.
-pub async fn publish<J: Queue<Job>, O: Queue<Settled>>(
-    contexts: impl Iterator<Item = Result<Context, BadInput>> + Send + 'static,
-    template: &JobTemplate,
-    (jobs, outcomes): (&J, &O),
-    shutdown: &CancellationToken,
-    report: &mut impl FnMut(&BadInput),
-) -> Result<Published, PublishError> {
-    let (mut inbox, reader) = read_ahead(contexts);
-    let mut published = Published::default();
-    loop {
-        let publishing = async {
-            let Some(next) = inbox.recv().await else {
-                return Ok::<_, QueueError>(false);
-            };
-            match next.or_else(BadInput::into_context) {
-                Ok(context) if context.success => {
-                    jobs.publish(template.job(context)).await?;
-                    published.jobs += 1;
-                }
-                Ok(context) => {
-                    outcomes.publish(template.failed(context)).await?;
-                    published.failed += 1;
-                }
-                Err(bad) => {
-                    report(&bad);
-                    published.rejected += 1;
-                }
-            }
-            Ok(true)
-        };
-        // What a shutdown leaves unpublished, the same command publishes.
-        let more = tokio::select! {
-            biased;
-            () = shutdown.cancelled() => return Ok(published),
-            more = publishing => more?,
-        };
-        if !more {
-            reader.await?;
-            return Ok(published);
+    pub(crate) fn add(&mut self, put: Put) {
+        match put {
+            Put::Job => self.jobs += 1,
+            Put::Failed => self.failed += 1,
         }
     }
 }
 
-/// Reads and retrieves on a thread of its own, a bounded number ahead.
-fn read_ahead(
+/// As what a context is on a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Put {
+    Job,
+    Failed,
+}
+
+/// Publishes contexts as jobs of one run. What [`publish`] and [`crate::Server`] have in common.
+pub struct Publisher<J, O> {
+    template: JobTemplate,
+    jobs: J,
+    outcomes: O,
+    window: usize,
+    drain_timeout: Duration,
+    stats: Arc<Stats>,
+    pub(crate) budget: Arc<Budget>,
+}
+
+impl<J: Queue<Job>, O: Queue<Settled>> Publisher<J, O> {
+    /// Publishes that may wait for their confirmation at a time, if not told otherwise.
+    pub const DEFAULT_WINDOW: usize = 256;
+    /// How long a shutdown waits for confirmations, if not told otherwise.
+    pub const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_secs(5);
+
+    /// Publishes jobs made after `template`.
+    pub fn new(template: JobTemplate, (jobs, outcomes): (J, O)) -> Self {
+        Self {
+            template,
+            jobs,
+            outcomes,
+            window: Self::DEFAULT_WINDOW,
+            drain_timeout: Self::DEFAULT_DRAIN_TIMEOUT,
+            stats: Arc::default(),
+            budget: Arc::default(),
+        }
+    }
+
+    /// Lets `window` publishes wait for their confirmation at a time; at least one. With one, jobs
+    /// are on the queue in the order of the input; with more, they are sent in it, and which of
+    /// them a full queue takes first is the queue's choice.
+    pub fn with_window(self, window: usize) -> Self {
+        Self { window: window.max(1), ..self }
+    }
+
+    /// Waits this long at a shutdown for the publishes that have begun. A full queue may never
+    /// confirm them; those given up may be stored all the same, and the same input published again
+    /// adds nothing then.
+    pub fn with_drain_timeout(self, drain_timeout: Duration) -> Self {
+        Self { drain_timeout, ..self }
+    }
+
+    /// Counts into `stats`.
+    pub fn with_stats(self, stats: Arc<Stats>) -> Self {
+        Self { stats, ..self }
+    }
+
+    /// Where this publisher counts.
+    pub fn stats(&self) -> &Arc<Stats> {
+        &self.stats
+    }
+
+    pub(crate) fn window(&self) -> usize {
+        self.window
+    }
+
+    /// Publishes one context and waits for the confirmation.
+    pub(crate) async fn put(&self, context: Context, held: Held) -> Result<Put, QueueError> {
+        let _waiting = self.stats.waiting();
+        let put = if context.success {
+            self.put_job(context).await?
+        } else {
+            self.put_failed(context).await?
+        };
+        match put {
+            Put::Job => self.stats.add_published(),
+            Put::Failed => self.stats.add_failed(),
+        }
+        drop(held);
+        Ok(put)
+    }
+
+    async fn put_job(&self, context: Context) -> Result<Put, QueueError> {
+        let question = without_text(&context);
+        match self.jobs.publish(self.template.job(context)).await {
+            Ok(()) => Ok(Put::Job),
+            Err(QueueError::TooLarge { bytes, limit, .. }) => {
+                let reason = format!(
+                    "the job is too large for the queue: expected at most {limit} bytes, given \
+                     {bytes}"
+                );
+                tracing::warn!(job_id = %question.id, bytes, limit, "job is too large for the queue");
+                let error = Some(reason);
+                self.put_failed(Context { success: false, error, ..question }).await
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Publishes a failed outcome; without its texts, and with a piece of its question, where
+    /// nothing more fits. That is a few kilobytes: a queue that can't take them can't take any
+    /// job, and its error ends the publishing.
+    async fn put_failed(&self, context: Context) -> Result<Put, QueueError> {
+        let query: String = context.query.chars().take(MAX_CUT_QUERY).collect();
+        let reason = context.error.as_deref().unwrap_or_default();
+        let reason = reason.chars().take(MAX_CUT_QUERY).collect();
+        let cut = Context::failed(context.id.clone(), query, reason);
+        match self.outcomes.publish(self.template.failed(context)).await {
+            Err(QueueError::TooLarge { .. }) => {
+                self.outcomes.publish(self.template.failed(cut)).await?;
+            }
+            published => published?,
+        }
+        Ok(Put::Failed)
+    }
+}
+
+/// A context without what makes it large.
+fn without_text(context: &Context) -> Context {
+    Context {
+        id: context.id.clone(),
+        query: context.query.clone(),
+        target_api: context.target_api.clone(),
+        dependencies: context.dependencies.clone(),
+        retrieval_method: context.retrieval_method,
+        context: String::new(),
+        context_length: 0,
+        retrieval_time: context.retrieval_time,
+        success: context.success,
+        error: context.error.clone(),
+        documents: Vec::new(),
+    }
+}
+
+/// Publishes all of `contexts`, until they end or `shutdown`. Waits while a queue is full.
+///
+/// `report` is called for each bad input that has no line of its own. A shutdown stops the
+/// reading and waits for the publishes that have begun; what it leaves unpublished, the same
+/// command publishes.
+pub async fn publish<J: Queue<Job>, O: Queue<Settled>>(
     contexts: impl Iterator<Item = Result<Context, BadInput>> + Send + 'static,
-) -> (mpsc::Receiver<Result<Context, BadInput>>, JoinHandle<()>) {
-    let (sender, inbox) = mpsc::channel(READ_AHEAD);
-    let reader = tokio::task::spawn_blocking(move || {
-        for context in contexts {
-            // The receiver is gone when the run is over.
-            if sender.blocking_send(context).is_err() {
-                break;
+    publisher: &Publisher<J, O>,
+    shutdown: &CancellationToken,
+    report: &mut impl FnMut(&BadInput),
+) -> Result<Published, PublishError> {
+    let (mut inbox, reader) = read_ahead(contexts, &publisher.budget);
+    let mut published = Published::default();
+    let mut in_flight = FuturesUnordered::new();
+    let mut open = true;
+    while open || !in_flight.is_empty() {
+        tokio::select! {
+            biased;
+            () = shutdown.cancelled() => {
+                drop(inbox);
+                let draining = async {
+                    while let Some(put) = in_flight.next().await {
+                        published.add(put?);
+                    }
+                    Ok::<(), QueueError>(())
+                };
+                match tokio::time::timeout(publisher.drain_timeout, draining).await {
+                    Ok(drained) => drained?,
+                    Err(_late) => tracing::debug!("the queue is full; some jobs stay unpublished"),
+                }
+                return Ok(published);
+            }
+            Some(put) = in_flight.next() => published.add(put?),
+            entry = inbox.recv(), if open && in_flight.len() < publisher.window => {
+                let Some(Entry { item, held }) = entry else {
+                    open = false;
+                    continue;
+                };
+                match item.or_else(BadInput::into_context) {
+                    Ok(context) => in_flight.push(publisher.put(context, held)),
+                    Err(bad) => {
+                        report(&bad);
+                        publisher.stats.add_rejected();
+                        published.rejected += 1;
+                    }
+                }
             }
         }
-    });
-    (inbox, reader)
+    }
+    reader.await?;
+    Ok(published)
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use shared::{Context, DocumentRef, Query, RetrievalMethod};
@@ -13,6 +13,7 @@ use shared::{Context, DocumentRef, Query, RetrievalMethod};
 use crate::config::RetrievalConfig;
 use crate::error::{Error, IndexError};
 use crate::index::{Chain, Index};
+use crate::stats::Stats;
 use crate::tokens::TokenCounter;
 
 mod bm25;
@@ -36,6 +37,8 @@ pub struct Retriever {
     lower_names: Option<LowerNames>,
     /// Packages and versions that were warned about: written and read by [`scope`].
     warned: Mutex<HashSet<String>>,
+    /// Where lookups are counted.
+    stats: Option<Arc<Stats>>,
 }
 
 /// A document that was found, by its number, with its score.
@@ -60,7 +63,13 @@ impl Retriever {
             max_documents: config.max_documents,
             max_tokens: config.max_tokens,
             warned: Mutex::default(),
+            stats: None,
         })
+    }
+
+    /// Counts lookups and their time into `stats`.
+    pub fn with_stats(self, stats: Arc<Stats>) -> Self {
+        Self { stats: Some(stats), ..self }
     }
 
     /// Most tokens of a context.
@@ -91,7 +100,11 @@ impl Retriever {
                 context.error = Some(format!("retrieval failed: {}", Chain(&error)));
             }
         }
-        context.retrieval_time = start.elapsed().as_secs_f64();
+        let took = start.elapsed();
+        context.retrieval_time = took.as_secs_f64();
+        if let Some(stats) = &self.stats {
+            stats.add_retrieval(took);
+        }
         context
     }
 

@@ -1,29 +1,35 @@
 //! Queries (or finished contexts) from a file of any size, in its order, in bounded memory.
 //!
 //! The file is a JSON array or has a record on each line. Queries are looked up a chunk at a
-//! time, on all cores. A bad record is an item of its own and ends nothing.
+//! time, on all cores; of what comes slowly, such as a pipe or a file that grows, as many as have
+//! come. A bad record is an item of its own and ends nothing.
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt;
-use std::fs::File;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::io::BufReader;
+use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use rayon::prelude::*;
 use shared::{Context, IdDigest, JobId, Query};
+use tokio_util::sync::CancellationToken;
 
-use crate::config::SourceConfig;
+use crate::config::{FollowConfig, SourceConfig};
 use crate::error::Error;
 use crate::retrieve::Retriever;
 
 mod array;
 mod context_line;
 mod fields;
+mod follow;
+mod input;
 mod query;
 mod records;
 
+use follow::Follow;
+pub(crate) use input::Division;
+use input::{Input, NO_ARRAY, buffered};
 use records::Records;
 
 /// Queries looked up at once; fewer where contexts are long.
@@ -38,6 +44,8 @@ pub struct BadInput {
     pub file: PathBuf,
     /// The line that the record starts on, from 1.
     pub line: u64,
+    /// The number of the record, from 0, as `--start-index` counts.
+    pub index: u64,
     /// Its id, where that can be read.
     pub id: Option<JobId>,
     /// Its question, where that can be read.
@@ -77,7 +85,10 @@ impl Rejected {
     }
 }
 
-/// The contexts of a file, in its order.
+/// What standard input is called in reports.
+const STDIN: &str = "<stdin>";
+
+/// The contexts of a file, in its order; of standard input where the file is called `-`.
 ///
 /// Without a retriever, the contexts of queries are empty; a contexts file needs none. `skip` is
 /// asked once for each id, in the order of the file and before anything is looked up: what it
@@ -91,34 +102,91 @@ pub fn contexts<S>(
 where
     S: FnMut(&JobId) -> bool,
 {
-    let (file, finished, records) = open(source)?;
-    Ok(Contexts {
-        file,
-        records: Some(records),
-        finished,
-        num_to_pass: source.start_index,
-        num_to_take: source.max_samples.unwrap_or(u64::MAX),
-        max_chunk: retriever
-            .as_ref()
-            .map_or(MAX_CHUNK, |retriever| chunk_size(retriever.max_tokens())),
-        retriever,
-        skip,
-        seen: Seen::default(),
-        pending: VecDeque::new(),
-        ready: VecDeque::new(),
-    })
+    if source.is_stdin()? {
+        return contexts_from(std::io::stdin(), source, retriever, skip);
+    }
+    let (file, _) = source.file()?;
+    let input = Input::file(file.clone()).map_err(Error::read(file))?;
+    Contexts::new(input, source, retriever, skip)
 }
 
-/// Queries in the file: what `contexts` gives, repeats and what is skipped included. `None` for a
-/// pipe, which can be read only once, and where the file can't be read.
+/// The contexts of what `reader` reads, as those of a file; standard input in reports.
+pub fn contexts_from<S>(
+    reader: impl Read + Send + 'static,
+    source: &SourceConfig,
+    retriever: Option<Arc<Retriever>>,
+    skip: S,
+) -> Result<Contexts<S>, Error>
+where
+    S: FnMut(&JobId) -> bool,
+{
+    let input = Input::reader(buffered(reader), STDIN, Division::Lines);
+    Contexts::new(input, source, retriever, skip)
+}
+
+/// The contexts of a file that grows, and of those that follow it under its name, until
+/// `shutdown` or until nothing came for too long. The file need not be there yet.
+pub fn follow<S>(
+    source: &SourceConfig,
+    config: &FollowConfig,
+    retriever: Option<Arc<Retriever>>,
+    skip: S,
+    shutdown: &CancellationToken,
+) -> Result<Contexts<S>, Error>
+where
+    S: FnMut(&JobId) -> bool,
+{
+    let (file, _) = source.file()?;
+    check_followed(source)?;
+    let follow = Follow::new(file.clone(), config.idle_timeout()?, shutdown.clone());
+    Contexts::new(Input::followed(file.clone(), follow), source, retriever, skip)
+}
+
+/// Checks what can be known before anything is there to follow.
+fn check_followed(source: &SourceConfig) -> Result<(), Error> {
+    let (file, _) = source.file()?;
+    if source.is_stdin()? {
+        let text = "standard input is read to its end as it comes: expected a file to --follow";
+        return Err(Error::Config(text.to_owned()));
+    }
+    let is_file = match file.metadata() {
+        Ok(metadata) => metadata.is_file(),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(Error::read(file)(error)),
+    };
+    if !is_file {
+        let text = format!("expected a regular file to --follow, given {}", file.display());
+        return Err(Error::Config(text));
+    }
+    let opened = std::fs::File::open(file)
+        .and_then(|opened| Records::open(buffered(opened), Division::Lines));
+    match opened.map_err(Error::read(file))? {
+        Records::Array(_) => Err(Error::Config(format!("{}: {NO_ARRAY}", file.display()))),
+        _ => Ok(()),
+    }
+}
+
+/// Contexts of the queries in one body.
+pub(crate) fn body_contexts(
+    reader: impl Read + Send + 'static,
+    division: Division,
+    retriever: Option<Arc<Retriever>>,
+) -> Contexts<fn(&JobId) -> bool> {
+    let input = Input::reader(buffered(reader), "<body>", division);
+    Contexts::over(input, false, &SourceConfig::default(), (retriever, |_| false))
+}
+
+/// Queries in the file: what `contexts` gives, repeats and what is skipped included. `None` for
+/// standard input and pipes, which can be read only once, and where the file can't be read.
 pub fn count(source: &SourceConfig) -> Option<u64> {
-    let is_file = source.file().ok()?.0.metadata().ok()?.is_file();
-    let (_, finished, mut records) = is_file.then(|| open(source).ok()).flatten()?;
+    let (file, finished) = source.file().ok()?;
+    let is_file = !source.is_stdin().ok()? && file.metadata().ok()?.is_file();
+    let mut input = is_file.then(|| Input::file(file.clone()).ok()).flatten()?;
     let (mut num_to_pass, mut num_to_take) =
         (source.start_index, source.max_samples.unwrap_or(u64::MAX));
     let mut num_queries = 0;
     // An error ends the reading there too.
-    while let Ok(Some(record)) = records.next() {
+    while let Ok(Some(record)) = input.next() {
         if num_to_pass > 0 {
             num_to_pass -= 1;
         } else if num_to_take > 0 {
@@ -131,22 +199,6 @@ pub fn count(source: &SourceConfig) -> Option<u64> {
     Some(num_queries)
 }
 
-type FileRecords = Records<BufReader<File>>;
-
-/// The file, whether it holds finished contexts, and its records.
-fn open(source: &SourceConfig) -> Result<(PathBuf, bool, FileRecords), Error> {
-    let (file, finished) = source.file()?;
-    let file = file.clone();
-    let opened = File::open(&file).and_then(|opened| {
-        if opened.metadata()?.is_dir() {
-            return Err(std::io::ErrorKind::IsADirectory.into());
-        }
-        Records::open(BufReader::with_capacity(1 << 16, opened))
-    });
-    let records = opened.map_err(Error::read(&file))?;
-    Ok((file, finished, records))
-}
-
 /// Fewer contexts at once where each may be long: at most some 64 MB of them.
 fn chunk_size(max_tokens: usize) -> usize {
     ((64 << 20) / max_tokens.saturating_mul(8)).clamp(1, MAX_CHUNK)
@@ -154,11 +206,11 @@ fn chunk_size(max_tokens: usize) -> usize {
 
 /// Iterator of [`contexts`].
 pub struct Contexts<S> {
-    file: PathBuf,
-    /// `None` once the end is reached.
-    records: Option<Records<BufReader<File>>>,
+    input: Input,
     /// Whether the records are contexts already.
     finished: bool,
+    /// Number of the next record.
+    index: u64,
     num_to_pass: u64,
     num_to_take: u64,
     max_chunk: usize,
@@ -190,50 +242,96 @@ impl<S: FnMut(&JobId) -> bool> Iterator for Contexts<S> {
 }
 
 impl<S: FnMut(&JobId) -> bool> Contexts<S> {
+    fn new(
+        input: Input,
+        source: &SourceConfig,
+        retriever: Option<Arc<Retriever>>,
+        skip: S,
+    ) -> Result<Self, Error> {
+        let (_, finished) = source.file()?;
+        Ok(Self::over(input, finished, source, (retriever, skip)))
+    }
+
+    fn over(
+        input: Input,
+        finished: bool,
+        source: &SourceConfig,
+        (retriever, skip): (Option<Arc<Retriever>>, S),
+    ) -> Self {
+        Self {
+            input,
+            finished,
+            index: 0,
+            num_to_pass: source.start_index,
+            num_to_take: source.max_samples.unwrap_or(u64::MAX),
+            max_chunk: retriever
+                .as_ref()
+                .map_or(MAX_CHUNK, |retriever| chunk_size(retriever.max_tokens())),
+            retriever,
+            skip,
+            seen: Seen::default(),
+            pending: VecDeque::new(),
+            ready: VecDeque::new(),
+        }
+    }
+
     /// Reads records until there is a chunk to look up, or no more to read.
     fn read_ahead(&mut self) {
         let mut num_bytes = 0;
-        while let Some(records) = &mut self.records {
+        loop {
+            let waits = !self.pending.is_empty() && !self.input.is_ready();
             let enough = self.pending.len() >= self.max_chunk
                 || (num_bytes >= MAX_CHUNK_BYTES && !self.pending.is_empty());
-            if enough {
+            if enough || waits {
                 return;
             }
             if self.num_to_take == 0 {
-                self.records = None;
-                return;
+                return self.input.close();
             }
-            let (line, results) = match records.next() {
-                Ok(Some(_)) if self.num_to_pass > 0 => {
-                    self.num_to_pass -= 1;
-                    continue;
-                }
-                Ok(Some(record)) => {
+            let next = match self.input.next() {
+                Ok(Some(record)) if self.num_to_pass == 0 => {
                     num_bytes += record.content.as_ref().map_or(0, |bytes| bytes.len());
-                    (record.line, read_record(record.content, self.finished))
+                    Ok(Some((record.line, read_record(record.content, self.finished))))
                 }
-                Ok(None) => {
-                    self.records = None;
-                    return;
-                }
-                Err(error) => {
-                    let line = records.line();
-                    self.records = None;
-                    let reason = format!("cannot read on: {error}");
-                    (line, vec![Err(Rejected::nameless(reason))])
-                }
+                Ok(Some(_)) => Ok(None),
+                Ok(None) => match self.input.advance() {
+                    Ok(true) => continue,
+                    Ok(false) => return,
+                    Err(error) => Err(error),
+                },
+                Err(error) => Err(error),
             };
-            self.num_to_take -= 1;
-            for result in results {
-                let pending = located(&self.file, line, result);
-                match self.seen.note(&pending) {
-                    Novelty::New if pending.id().is_some_and(&mut self.skip) => {}
-                    Novelty::New => self.pending.push_back(pending),
-                    Novelty::Repeat => {}
-                    Novelty::Conflict(reason) => {
-                        let rejected = Err(Rejected::nameless(reason));
-                        self.pending.push_back(located(&self.file, line, rejected));
-                    }
+            // What comes after a shutdown may be a piece of a line.
+            if self.input.is_shut_down() {
+                return self.input.close();
+            }
+            match next {
+                Ok(Some((line, results))) => self.add(line, results),
+                Ok(None) => self.num_to_pass -= 1,
+                Err(error) => {
+                    let line = self.input.line();
+                    self.input.close();
+                    let reason = format!("cannot read on: {error}");
+                    self.add(line, vec![Err(Rejected::nameless(reason))]);
+                }
+            }
+            self.index += 1;
+        }
+    }
+
+    /// Takes one record's results, unless they are repeats or to be skipped.
+    fn add(&mut self, line: u64, results: Vec<Result<Pending, Rejected>>) {
+        self.num_to_take -= 1;
+        let place = Place { file: &self.input.name, line, index: self.index };
+        for result in results {
+            let pending = place.locate(result);
+            match self.seen.note(&pending) {
+                Novelty::New if pending.id().is_some_and(&mut self.skip) => {}
+                Novelty::New => self.pending.push_back(pending),
+                Novelty::Repeat => {}
+                Novelty::Conflict(reason) => {
+                    let rejected = Err(Rejected::nameless(reason));
+                    self.pending.push_back(place.locate(rejected));
                 }
             }
         }
@@ -313,16 +411,26 @@ impl Seen {
     }
 }
 
-fn located(file: &std::path::Path, line: u64, result: Result<Pending, Rejected>) -> Pending {
-    result.unwrap_or_else(|rejected| {
-        Pending::Done(Err(BadInput {
-            file: file.to_owned(),
-            line,
-            id: rejected.id,
-            query: rejected.query,
-            reason: rejected.reason,
-        }))
-    })
+/// Where a record stands.
+struct Place<'f> {
+    file: &'f std::path::Path,
+    line: u64,
+    index: u64,
+}
+
+impl Place<'_> {
+    fn locate(&self, result: Result<Pending, Rejected>) -> Pending {
+        result.unwrap_or_else(|rejected| {
+            Pending::Done(Err(BadInput {
+                file: self.file.to_owned(),
+                line: self.line,
+                index: self.index,
+                id: rejected.id,
+                query: rejected.query,
+                reason: rejected.reason,
+            }))
+        })
+    }
 }
 
 fn look_up(chunk: Vec<Pending>, retriever: Option<&Retriever>) -> Vec<Result<Context, BadInput>> {

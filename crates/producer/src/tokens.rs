@@ -2,13 +2,15 @@
 
 use std::path::Path;
 
-use tokenizers::Tokenizer;
+use tokenizers::{ModelWrapper, Tokenizer};
 
 use crate::error::Error;
 use crate::index::fingerprint::hex_sha256;
 
 /// Characters that count as one token where there is no tokenizer.
 const CHARS_PER_TOKEN: usize = 4;
+/// Words whose tokens are remembered, in each thread that counts.
+const WORD_CACHE_CAPACITY: usize = 4096;
 
 /// Counts the tokens of a text: with a model's own tokenizer, or by an estimate of one token for
 /// every four characters, begun ones included.
@@ -33,6 +35,12 @@ impl TokenCounter {
         })?;
         // A file may carry the cut and the padding of its training.
         tokenizer.with_padding(None);
+        // The model inside can't be changed in place.
+        if matches!(tokenizer.get_model(), ModelWrapper::BPE(_) | ModelWrapper::Unigram(_)) {
+            let mut model = tokenizer.get_model().clone();
+            model.resize_cache(WORD_CACHE_CAPACITY);
+            tokenizer.with_model(model);
+        }
         if tokenizer.with_truncation(None).is_err() {
             tracing::warn!("the tokenizer keeps its truncation, long documents count as short");
         }

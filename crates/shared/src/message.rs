@@ -36,7 +36,7 @@ impl fmt::Display for JobId {
 pub struct IdDigest(pub [u8; 16]);
 
 /// Name of a run: a set of jobs with one output.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct RunId(pub String);
 

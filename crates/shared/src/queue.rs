@@ -39,6 +39,19 @@ pub enum QueueError {
     /// The lease of this delivery ran out: the message is, or will be, delivered to somebody else.
     #[error("the lease of message '{0}' ran out and it was given back to the queue")]
     LeaseExpired(String),
+    /// The message is larger than the queue takes: publishing it can never work.
+    #[error("message '{message_id}' has {bytes} bytes, the queue takes {limit} at most")]
+    TooLarge {
+        /// The message.
+        message_id: String,
+        /// Its size.
+        bytes: usize,
+        /// The largest size.
+        limit: usize,
+    },
+    /// The server can't serve this. Passing trouble is waited out and never comes here.
+    #[error("the queue's server cannot go on")]
+    Server(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
 /// A queue of `T`. Clones are handles to the same queue.

@@ -4,6 +4,9 @@
 //! malformed element is one report and the elements after it still come. Parsing an element is
 //! the caller's. An element whose own end can't be found (a bracket or a quote is missing) is
 //! given up, and reading goes on at the next place that looks like the start of one.
+//!
+//! Bare values, one after another without brackets and commas, are scanned in the same way: an
+//! object ends with its bracket, anything else with its line.
 
 use std::io::{self, Read};
 
@@ -48,6 +51,11 @@ pub(super) struct ArrayScanner<R> {
     last: Last,
     /// Whether an element was given up: a `]` may then be a piece of it.
     resumed: bool,
+    /// Whether there are no brackets round the elements and no commas between them.
+    bare: bool,
+    /// Elements that may still be given up. Each costs a scan of up to `max_bytes`, which must not
+    /// be had for a few bytes by whoever sends them.
+    num_to_give_up: u32,
     done: bool,
 }
 
@@ -64,8 +72,31 @@ impl<R: Read> ArrayScanner<R> {
             indent: None,
             last: Last::Start,
             resumed: false,
+            bare: false,
+            num_to_give_up: u32::MAX,
             done: false,
         }
+    }
+
+    /// Gives up after this many elements whose end can't be found.
+    pub(super) fn giving_up_at_most(self, num_to_give_up: u32) -> Self {
+        Self { num_to_give_up, ..self }
+    }
+
+    /// Reads values without an array round them, from `line` on.
+    pub(super) fn bare(reader: R, line: u64, max_bytes: usize) -> Self {
+        Self { bare: true, ..Self::new(reader, line, max_bytes) }
+    }
+
+    /// Whether the next element ends in what was read so far.
+    pub(super) fn is_ready(&self) -> bool {
+        let rest = &self.buffer[self.at..];
+        let between = |byte: &u8| byte.is_ascii_whitespace() || *byte == b',';
+        let Some(start) = rest.iter().position(|byte| !between(byte)) else {
+            return false;
+        };
+        let mut nesting = Nesting { bare: self.bare, ..Nesting::default() };
+        nesting.scan(&rest[start..], self.max_bytes).1.is_some()
     }
 
     /// The line that reading has come to.
@@ -79,6 +110,11 @@ impl<R: Read> ArrayScanner<R> {
             let byte = self.skip_space()?;
             self.advance_start();
             let reason = match byte {
+                None if self.bare => {
+                    self.done = true;
+                    continue;
+                }
+                Some(_) if self.bare => return self.element().map(Some),
                 None => {
                     self.done = true;
                     "expected `]` at the end of the array, given the end of the file"
@@ -120,12 +156,18 @@ impl<R: Read> ArrayScanner<R> {
 
     /// Scans the element that starts here.
     fn element(&mut self) -> io::Result<Record<'_>> {
-        let (line, indent) = (self.line, self.indent);
+        // Bare values start lines, even where this one doesn't.
+        let (line, indent) = (self.line, self.indent.or(self.bare.then_some(0)));
         self.last = Last::Element;
         let content = match self.scan(indent)? {
             End::At(end) => Ok(self.start..end),
             End::TooLong => Err(too_long(self.max_bytes)),
+            End::Broken(_) if self.num_to_give_up == 0 => {
+                self.done = true;
+                Err("expected whole objects, given too many without an end".to_owned())
+            }
             End::Broken(reason) => {
+                self.num_to_give_up -= 1;
                 self.resume(indent)?;
                 Err(format!("expected an object, given {reason}"))
             }
@@ -134,7 +176,7 @@ impl<R: Read> ArrayScanner<R> {
     }
 
     fn scan(&mut self, indent: Option<usize>) -> io::Result<End> {
-        let mut nesting = Nesting::default();
+        let mut nesting = Nesting { bare: self.bare, ..Nesting::default() };
         let mut too_long = false;
         loop {
             let (used, verdict) = nesting.scan(&self.buffer[self.at..], self.max_bytes);
@@ -254,6 +296,8 @@ struct Nesting {
     escaped: bool,
     /// Whether a bracket was opened and closed again.
     complete: bool,
+    /// Whether that is the element's end: no comma follows.
+    bare: bool,
 }
 
 impl Nesting {
@@ -266,6 +310,9 @@ impl Nesting {
     fn scan(&mut self, bytes: &[u8], max_depth: usize) -> (usize, Option<Verdict>) {
         let mut at = 0;
         while at < bytes.len() {
+            if self.bare && self.is_closed() && (self.complete || bytes[at] == b'\n') {
+                return (at, Some(Verdict::End));
+            }
             if self.in_string {
                 match self.scan_string(&bytes[at..]) {
                     Ok(used) => at += used,
@@ -282,7 +329,7 @@ impl Nesting {
                     None
                 }
                 (b'{', None) if self.complete => Some(Verdict::End),
-                (b',' | b']', None) => Some(Verdict::End),
+                (b',' | b']', None) if !self.bare => Some(Verdict::End),
                 (b'{' | b'[', _) if self.brackets.len() >= max_depth => {
                     Some(Verdict::Broken("one that is nested too deep"))
                 }
@@ -303,7 +350,8 @@ impl Nesting {
             }
             at += 1;
         }
-        (at, None)
+        let ends = self.bare && self.complete && self.is_closed();
+        (at, ends.then_some(Verdict::End))
     }
 
     /// Goes to the end of a string, or of `bytes`; an error at a line break.

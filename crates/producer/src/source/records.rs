@@ -1,11 +1,12 @@
 //! The records of a file, whichever of the two shapes it has: one on each line, or the elements
 //! of one array. What a record means is [`super::query`]'s and [`super::context_line`]'s.
 
-use std::io::{self, BufRead};
+use std::io::{self, BufRead, BufReader, Read};
 
 use crate::lines::{Lines, MAX_RECORD_BYTES, too_long};
 
 use super::array::ArrayScanner;
+use super::input::Division;
 
 const BOM: &[u8] = b"\xef\xbb\xbf";
 
@@ -23,11 +24,13 @@ pub(super) enum Records<R> {
     Lines(LineRecords<R>),
     /// The elements of an array.
     Array(ArrayScanner<R>),
+    /// Values one after another.
+    Values(ArrayScanner<R>),
 }
 
 impl<R: BufRead> Records<R> {
     /// Looks at the first byte that isn't space or a byte order mark: `[` opens an array.
-    pub(super) fn open(mut reader: R) -> io::Result<Self> {
+    pub(super) fn open(mut reader: R, division: Division) -> io::Result<Self> {
         let mut line = 1;
         skip_bom(&mut reader)?;
         loop {
@@ -40,9 +43,14 @@ impl<R: BufRead> Records<R> {
             match first {
                 Some(b'[') => {
                     reader.consume(1);
-                    return Ok(Self::Array(ArrayScanner::new(reader, line, MAX_RECORD_BYTES)));
+                    let scanner = ArrayScanner::new(reader, line, MAX_RECORD_BYTES);
+                    return Ok(Self::Array(scanner.giving_up_at_most(division.patience())));
                 }
                 None if !at_end => {}
+                _ if division == Division::Values => {
+                    let scanner = ArrayScanner::bare(reader, line, MAX_RECORD_BYTES);
+                    return Ok(Self::Values(scanner.giving_up_at_most(division.patience())));
+                }
                 _ => {
                     return Ok(Self::Lines(LineRecords {
                         lines: Lines::new(reader, line, MAX_RECORD_BYTES),
@@ -57,7 +65,7 @@ impl<R: BufRead> Records<R> {
     pub(super) fn next(&mut self) -> io::Result<Option<Record<'_>>> {
         match self {
             Self::Lines(records) => records.next(),
-            Self::Array(scanner) => scanner.next(),
+            Self::Array(scanner) | Self::Values(scanner) => scanner.next(),
         }
     }
 
@@ -65,7 +73,19 @@ impl<R: BufRead> Records<R> {
     pub(super) fn line(&self) -> u64 {
         match self {
             Self::Lines(records) => records.lines.number(),
-            Self::Array(scanner) => scanner.line(),
+            Self::Array(scanner) | Self::Values(scanner) => scanner.line(),
+        }
+    }
+}
+
+impl<R: Read> Records<BufReader<R>> {
+    /// Whether the next record can be told without waiting for more of the text.
+    pub(super) fn is_ready(&self) -> bool {
+        match self {
+            Self::Lines(records) => {
+                memchr::memchr(b'\n', records.lines.reader().buffer()).is_some()
+            }
+            Self::Array(scanner) | Self::Values(scanner) => scanner.is_ready(),
         }
     }
 }

@@ -1,0 +1,221 @@
+//! The role over a queue: what is acked when, and when it ends.
+
+use std::time::Duration;
+
+use flotilla_collector::dedup::server::IndexServer;
+use flotilla_collector::log::memory::Disk;
+use flotilla_collector::{Collector, Control, End, Error, run};
+use shared::{Delivery, JobId, MemoryQueue, Queue, Settled};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::fixture::{Count, answered, failed, ids, open};
+
+const LEASE: Duration = Duration::from_secs(60);
+const LONG: Duration = Duration::from_secs(600);
+
+async fn queue_of(outcomes: impl IntoIterator<Item = Settled>) -> MemoryQueue<Settled> {
+    let queue = MemoryQueue::new(10_000, LEASE);
+    for outcome in outcomes {
+        queue.publish(outcome).await.unwrap();
+    }
+    queue
+}
+
+fn no_controls() -> mpsc::Receiver<Control> {
+    mpsc::channel(1).1
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_each_id_once_and_acks_repeats() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("results.jsonl");
+    open(&path).await.unwrap().write(&[&answered("old")]).await.unwrap();
+    let mut collector = open(&path).await.unwrap();
+    assert!(collector.answered().contains(&JobId("old".into())));
+    let queue = MemoryQueue::new(1_000, LEASE);
+    let (tell, end) = watch::channel(End::Open);
+    let publish = async {
+        for round in 0..3 {
+            for id in ["old", "a", "b", "c"] {
+                queue.publish(answered(id)).await.unwrap();
+                queue.publish(answered(&format!("{id}-{round}"))).await.unwrap();
+            }
+        }
+        tell.send_replace(End::AtLines(15));
+    };
+    let mut count = Count::default();
+    let running = run(&queue, &mut collector, end, no_controls(), &mut count);
+    let (collected, ()) = tokio::join!(running, publish);
+    collected.unwrap();
+    let mut found = ids(&path);
+    assert_eq!(found.len(), 16);
+    found.sort_unstable();
+    found.dedup();
+    assert_eq!(found.len(), 16);
+    let overall = count.report.overall();
+    assert_eq!((overall.answered, overall.failed), (15, 0));
+    assert!(queue.pull(1, Duration::from_millis(1)).await.unwrap().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn drained_queue_ends_it_with_everything_acked() {
+    let disk = Disk::default();
+    let queue = queue_of((0..1_000).map(|n| answered(&n.to_string()))).await;
+    let mut collector =
+        Collector::open(disk.open(), IndexServer::default().client()).await.unwrap();
+    let (_tell, end) = watch::channel(End::WhenDrained);
+    let mut count = Count::default();
+    run(&queue, &mut collector, end, no_controls(), &mut count).await.unwrap();
+    assert_eq!(disk.lines().len(), 1_000);
+    assert_eq!(count.report.overall().answered, 1_000);
+    assert!(queue.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn failed_sync_ends_it_with_nothing_acked() {
+    let disk = Disk::default();
+    let queue = queue_of([answered("a"), answered("b")]).await;
+    let server = IndexServer::default();
+    let mut collector = Collector::open(disk.open(), server.client()).await.unwrap();
+    disk.fail_syncs(true);
+    let (_tell, end) = watch::channel(End::WhenDrained);
+    let failed = run(&queue, &mut collector, end, no_controls(), &mut Count::default()).await;
+    assert!(matches!(failed, Err(Error::Io { .. })));
+    // A sync is never tried again: the same collector writes no more, whatever the disk says.
+    disk.fail_syncs(false);
+    assert!(matches!(collector.write(&[&answered("c")]).await, Err(Error::Io { .. })));
+    disk.crash(|_unsynced| 0);
+    let mut collector = Collector::open(disk.open(), server.client()).await.unwrap();
+    let (_tell, end) = watch::channel(End::AtLines(2));
+    run(&queue, &mut collector, end, no_controls(), &mut Count::default()).await.unwrap();
+    assert_eq!(disk.lines().len(), 2);
+    assert!(queue.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn index_that_is_down_is_waited_for_with_leases_kept() {
+    let disk = Disk::default();
+    let queue = queue_of([answered("a"), answered("b")]).await;
+    let server = IndexServer::default();
+    let mut collector = Collector::open(disk.open(), server.client()).await.unwrap();
+    server.set_up(false);
+    let (_tell, end) = watch::channel(End::AtLines(2));
+    let mut count = Count::default();
+    let running = run(&queue, &mut collector, end, no_controls(), &mut count);
+    let outage = async {
+        // Ten leases pass, and nobody else is given what the collector holds.
+        assert!(queue.pull(1, LEASE * 10).await.unwrap().is_empty());
+        assert!(disk.lines().is_empty());
+        server.set_up(true);
+    };
+    let (collected, ()) = tokio::join!(running, outage);
+    collected.unwrap();
+    assert_eq!((disk.lines().len(), count.repeated), (2, 0));
+    assert!(queue.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn told_to_end_while_the_index_is_down_it_gives_its_batch_back() {
+    let disk = Disk::default();
+    let queue = queue_of([answered("a")]).await;
+    let server = IndexServer::default();
+    let mut collector = Collector::open(disk.open(), server.client()).await.unwrap();
+    server.set_up(false);
+    let (tell, end) = watch::channel(End::Open);
+    let mut count = Count::default();
+    let running = run(&queue, &mut collector, end, no_controls(), &mut count);
+    let (collected, _) = tokio::join!(running, async { tell.send_replace(End::Now) });
+    collected.unwrap();
+    assert!(disk.lines().is_empty());
+    let again = queue.pull(1, LEASE / 2).await.unwrap();
+    assert_eq!(again.len(), 1, "its lease still ran");
+}
+
+#[tokio::test(start_paused = true)]
+async fn told_to_end_now_it_ends_after_the_batch_in_hand() {
+    let disk = Disk::default();
+    let queue = queue_of([answered("a")]).await;
+    let mut collector =
+        Collector::open(disk.open(), IndexServer::default().client()).await.unwrap();
+    let (tell, end) = watch::channel(End::Open);
+    let mut count = Count::default();
+    let running = run(&queue, &mut collector, end, no_controls(), &mut count);
+    let ending = async {
+        tokio::task::yield_now().await;
+        tell.send_replace(End::Now);
+    };
+    let (collected, ()) = tokio::join!(running, ending);
+    collected.unwrap();
+    assert_eq!(disk.lines().len(), 1);
+    assert!(queue.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn collector_that_was_taken_over_stops_and_acks_nothing() {
+    let disk = Disk::default();
+    let queue = queue_of([answered("a")]).await;
+    let server = IndexServer::default();
+    let mut first = Collector::open(disk.open(), server.client()).await.unwrap();
+    let mut second = Collector::open(disk.open(), server.client()).await.unwrap();
+    let (_tell, end) = watch::channel(End::Open);
+    let over = run(&queue, &mut first, end, no_controls(), &mut Count::default()).await;
+    assert!(matches!(over, Err(Error::TakenOver { .. })));
+    let (_tell, end) = watch::channel(End::AtLines(1));
+    run(&queue, &mut second, end, no_controls(), &mut Count::default()).await.unwrap();
+    assert_eq!(disk.lines(), [("a".to_owned(), false)]);
+    assert!(queue.is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn failed_lines_are_removed_on_request_and_answered_again() {
+    let disk = Disk::default();
+    let queue = queue_of([answered("a"), failed("b"), failed("c")]).await;
+    let mut collector =
+        Collector::open(disk.open(), IndexServer::default().client()).await.unwrap();
+    let (tell, end) = watch::channel(End::Open);
+    let (ask, controls) = mpsc::channel(1);
+    let mut count = Count::default();
+    let running = run(&queue, &mut collector, end, controls, &mut count);
+    let retrying = async {
+        while disk.lines().len() < 3 {
+            tokio::task::yield_now().await;
+        }
+        let ids = ["a", "b", "x"].map(|id| JobId(id.into()).digest()).into();
+        let (reply, answer) = oneshot::channel();
+        ask.send(Control::RemoveFailed { ids, reply }).await.unwrap();
+        assert_eq!(answer.await.unwrap(), Ok(1));
+        queue.publish(answered("b")).await.unwrap();
+        tell.send_replace(End::AtLines(4));
+    };
+    let (collected, ()) = tokio::time::timeout(LONG, async { tokio::join!(running, retrying) })
+        .await
+        .expect("ends before the deadline");
+    collected.unwrap();
+    let expected = [("a", false), ("c", true), ("b", false)].map(|(id, f)| (id.to_owned(), f));
+    assert_eq!(disk.lines(), expected);
+    assert_eq!((collector.num_lines(), collector.num_failed()), (3, 1));
+}
+
+#[tokio::test(start_paused = true)]
+async fn delivery_is_acked_only_after_its_line_is_on_disk() {
+    let disk = Disk::default();
+    let queue = queue_of([answered("a")]).await;
+    let server = IndexServer::default();
+    let mut collector = Collector::open(disk.open(), server.client()).await.unwrap();
+    let held = queue.pull(1, LEASE).await.unwrap().remove(0);
+    collector.write(&[held.message()]).await.unwrap();
+    // The process dies before the ack: the outcome comes again and is dropped.
+    drop((collector, held));
+    let mut collector = Collector::open(disk.open(), server.client()).await.unwrap();
+    let (_tell, end) = watch::channel(End::Open);
+    let mut count = Count::default();
+    let running = run(&queue, &mut collector, end, no_controls(), &mut count);
+    let until_empty = async {
+        while !queue.is_empty() {
+            tokio::time::advance(Duration::from_secs(1)).await;
+        }
+    };
+    tokio::select! { ended = running => ended.unwrap(), () = until_empty => {} }
+    assert_eq!(count.report.overall().answered, 0);
+    assert_eq!(disk.lines().len(), 1);
+}

@@ -1,0 +1,128 @@
+//! `flotilla collect`: the answers of a run become lines of its output, each exactly once; or those of
+//! all runs, each in a file of its own.
+//!
+//! What is written is the collector's business; here it gets its queue and its index, is told when to
+//! end, and what it says is passed on.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use collector::{Lock, MemoryDedup, Output, RedisConfig, RedisDedup};
+use shared::RunId;
+use shared::queue::nats::Fleet;
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::fleet::{CollectOptions, RedisOptions};
+use crate::observe::{self, Health};
+use crate::statistics::Statistics;
+use crate::{FAILED, FINISHED_WITH_FAILURES, INTERRUPTED, fleet, signals, telemetry};
+
+mod all;
+mod control;
+mod one;
+mod page;
+mod tally;
+mod until_done;
+
+use one::{Collected, One};
+use tally::Tallies;
+
+/// Runs `flotilla collect`.
+pub(crate) fn main(options: &CollectOptions) -> anyhow::Result<ExitCode> {
+    fleet::block_on(collect(options))
+}
+
+async fn collect(options: &CollectOptions) -> anyhow::Result<ExitCode> {
+    let interruption = signals::interruption()?;
+    let Some(fleet) = fleet::connect_unless(&interruption, &options.nats).await? else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    let roles = Roles {
+        fleet: fleet.with_lease(options.lease),
+        redis_url: options.redis.redis_url.clone(),
+        wait: !options.no_wait,
+        until_done: options.until_done,
+        shutdown: interruption,
+        tallies: Tallies::default(),
+    };
+    let health = Health::default();
+    // One that waits to take over is as well as one that writes.
+    health.set(true);
+    let page = {
+        let (fleet, tallies) = (roles.fleet.clone(), roles.tallies.clone());
+        move || page::page(fleet.clone(), tallies.clone())
+    };
+    observe::serve(options.metrics.metrics_addr, health, page).await?;
+    match (&options.output_dir, &options.output_file) {
+        (Some(dir), _) => all::collect_all(&roles, dir).await,
+        (None, Some(file)) => {
+            let run = fleet::run_id(&options.run, Some(file))?;
+            collect_one(&roles, run, file.clone(), options.statistics_file.as_ref()).await
+        }
+        (None, None) => Ok(ExitCode::from(FAILED)),
+    }
+}
+
+/// What all collectors of this process have in common.
+#[derive(Clone)]
+pub(crate) struct Roles {
+    fleet: Fleet,
+    redis_url: Option<String>,
+    /// Whether to wait for an output that another process writes.
+    wait: bool,
+    until_done: bool,
+    shutdown: CancellationToken,
+    tallies: Tallies,
+}
+
+impl Roles {
+    /// Collects one run until its end; `None` if that came before the output was this process' own.
+    async fn collect(&self, run: RunId, output_file: PathBuf) -> anyhow::Result<Option<Collected>> {
+        let lock =
+            if self.wait { Lock::Wait(self.shutdown.clone()) } else { Lock::Refuse };
+        let output = match Output::open(&output_file, lock).await {
+            Err(collector::Error::Interrupted { .. }) => return Ok(None),
+            opened => opened?,
+        };
+        let one = One { roles: self.clone(), run: run.clone(), output_file };
+        let opening = async {
+            match &self.redis_url {
+                Some(url) => one.run(output, redis(url, &run).await?).await,
+                None => one.run(output, MemoryDedup::default()).await,
+            }
+        };
+        opening.await
+    }
+}
+
+/// The index in Redis.
+pub(crate) async fn redis(url: &str, run: &RunId) -> anyhow::Result<RedisDedup> {
+    let config = RedisConfig::new(url);
+    RedisDedup::connect(config, run).await.context("cannot use the Redis server")
+}
+
+/// Collects the only run of this process.
+async fn collect_one(
+    roles: &Roles,
+    run: RunId,
+    output_file: PathBuf,
+    statistics_file: Option<&PathBuf>,
+) -> anyhow::Result<ExitCode> {
+    let Some(collected) = roles.collect(run, output_file.clone()).await? else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    let Collected { report, elapsed, lines, failed } = collected;
+    telemetry::print(&report.statistics(elapsed).to_string()).context("cannot write to stdout")?;
+    if let Some(path) = statistics_file {
+        Statistics::of(&report, elapsed).write(path)?;
+    }
+    let path = output_file.display();
+    tracing::info!("{path} has {lines} lines, {failed} of them failed");
+    Ok(match (roles.until_done, roles.shutdown.is_cancelled()) {
+        (true, true) => ExitCode::from(INTERRUPTED),
+        (true, false) if failed > 0 => ExitCode::from(FINISHED_WITH_FAILURES),
+        // A signal is the usual end of a collector that serves.
+        _ => ExitCode::SUCCESS,
+    })
+}

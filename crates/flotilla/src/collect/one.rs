@@ -1,0 +1,126 @@
+//! One run's collector, with all that goes on beside it: heartbeats, control requests, the watch
+//! for the end.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use collector::{Collector, Dedup, End, Output, Report};
+use shared::RunId;
+use shared::status::{Role, RunStatus, unix_now};
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::tally::{Observed, Tally};
+use super::{Roles, control, until_done};
+use crate::heartbeat::{self, Rate};
+
+/// One run's collector, about to start.
+pub(super) struct One {
+    pub(super) roles: Roles,
+    pub(super) run: RunId,
+    pub(super) output_file: PathBuf,
+}
+
+/// What it came to.
+pub(super) struct Collected {
+    /// What this process wrote.
+    pub(super) report: Report,
+    /// In how much time.
+    pub(super) elapsed: Duration,
+    /// Lines of the output.
+    pub(super) lines: u64,
+    /// Lines of jobs that failed.
+    pub(super) failed: u64,
+}
+
+impl One {
+    /// Collects until the end of the run, if that was asked for, or the shutdown.
+    pub(super) async fn run<D: Dedup>(
+        self,
+        output: Output,
+        dedup: D,
+    ) -> anyhow::Result<Option<Collected>> {
+        let shutdown = &self.roles.shutdown;
+        let mut collector = tokio::select! {
+            opened = Collector::open(output, dedup) => opened?,
+            // An index that can't be reached is waited for.
+            () = shutdown.cancelled() => return Ok(None),
+        };
+        let tally = self.roles.tallies.add(&self.run);
+        tally.opened(collector.num_lines(), collector.num_failed());
+        tracing::info!(run = self.run.0, output = %self.output_file.display(), "collecting");
+        let (tell_end, end) = watch::channel(End::Open);
+        let (to_collector, controls) = mpsc::channel(1);
+        let over = CancellationToken::new();
+        let mut observer = Observed::new(&self.run, Arc::clone(&tally));
+        let queue = self.roles.fleet.outcomes(Some(&self.run));
+        let collecting = async {
+            let collected =
+                collector::run(&queue, &mut collector, end, controls, &mut observer).await;
+            over.cancel();
+            collected
+        };
+        let ending = async {
+            tokio::select! {
+                () = over.cancelled() => {}
+                () = self.is_over(&tally) => drop(tell_end.send_replace(End::Now)),
+            }
+            over.cancelled().await;
+        };
+        let controlled = async {
+            tokio::select! {
+                () = over.cancelled() => {}
+                () = control::serve(&self.roles.fleet, &self.run, (to_collector, &tally)) => {}
+            }
+        };
+        let saying = self.say(&tally, over.clone());
+        let (collected, (), (), ()) = tokio::join!(collecting, ending, controlled, saying);
+        collected?;
+        let (report, elapsed) = observer.finish();
+        let (lines, failed) = (collector.num_lines(), collector.num_failed());
+        Ok(Some(Collected { report, elapsed, lines, failed }))
+    }
+
+    /// Ready when there is nothing more to write, or it shall not be written here.
+    async fn is_over(&self, tally: &Tally) {
+        let shutdown = &self.roles.shutdown;
+        if self.roles.until_done {
+            tokio::select! {
+                () = until_done::until_done(&self.roles.fleet, &self.run, tally) => {}
+                () = shutdown.cancelled() => {}
+            }
+        } else {
+            shutdown.cancelled().await;
+        }
+        if shutdown.is_cancelled() {
+            tracing::warn!(run = self.run.0, "ending after the batch in hand; interrupt again to stop at once");
+        }
+    }
+
+    async fn say(&self, tally: &Tally, over: CancellationToken) {
+        let started_at = unix_now();
+        let mut rate = Rate::default();
+        let finished = over.clone();
+        let fleet = &self.roles.fleet;
+        heartbeat::beat(over, || {
+            let counts = tally.counts();
+            let status = RunStatus {
+                run: self.run.clone(),
+                role: Role::Collector,
+                model: None,
+                published: 0,
+                total: None,
+                done: counts.lines,
+                failed: counts.failed,
+                rate: rate.update(counts.written),
+                finished: finished.is_cancelled(),
+                output: Some(self.output_file.display().to_string()),
+                seen_at: unix_now(),
+                started_at,
+            };
+            async move { fleet.put_run(&status).await }
+        })
+        .await;
+    }
+}

@@ -1,0 +1,166 @@
+//! `flotilla work`: this machine's devices answer jobs of the queue, until a signal.
+//!
+//! One worker a device, each with its own engine, its own heartbeats and its own name; they share the
+//! connection. A worker that cannot go on leaves its jobs to the others.
+
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::anyhow;
+use engine::EngineConfig;
+use gpu_worker::{Backend, Device, EngineBackend, Noop, Stats};
+use shared::queue::nats::Fleet;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::fleet::{BackendName, WorkOptions};
+use crate::observe::{self, Health};
+use crate::{cli, fleet, signals};
+
+mod page;
+mod poison;
+mod said;
+
+use poison::Poisonable;
+use said::Identity;
+
+/// Runs `flotilla work`.
+pub(crate) fn main(options: &WorkOptions) -> anyhow::Result<ExitCode> {
+    let devices = gpu_worker::devices(&options.devices)
+        .map_err(|error| cli::Usage(format!("--devices: {error}")))?;
+    let engine = match options.hidden.backend {
+        BackendName::Engine => Some(options.model.engine_config(devices.len() as u32)?),
+        BackendName::Noop => None,
+    };
+    fleet::block_on(work(options, &devices, engine))
+}
+
+type Workers = JoinSet<Result<(), gpu_worker::Error>>;
+
+async fn work(
+    options: &WorkOptions,
+    devices: &[Device],
+    engine: Option<EngineConfig>,
+) -> anyhow::Result<ExitCode> {
+    let interruption = signals::interruption()?;
+    let all_stats: Vec<Arc<Stats>> = devices.iter().map(|_| Arc::default()).collect();
+    let health = Health::default();
+    let page = {
+        let all_stats = all_stats.clone();
+        move || std::future::ready(page::page(&all_stats))
+    };
+    observe::serve(options.metrics.metrics_addr, health.clone(), page).await?;
+    let Some(fleet) = fleet::connect_unless(&interruption, &options.nats).await? else {
+        return Ok(ExitCode::SUCCESS);
+    };
+    let fleet = fleet.with_lease(options.hidden.lease);
+    let mut workers = Workers::new();
+    for (rank, (device, stats)) in devices.iter().zip(all_stats).enumerate() {
+        let worker = Worker {
+            rank: rank as u32,
+            device: *device,
+            max_attempts: options.max_attempts,
+            drain_timeout: options.drain_timeout,
+            fleet: fleet.clone(),
+            stats,
+            health: health.clone(),
+            shutdown: interruption.clone(),
+        };
+        match &engine {
+            Some(engine) => {
+                let model = engine::model_name(&engine.model_path);
+                let backend = EngineBackend { engine: engine.clone(), device: *device };
+                workers.spawn(worker.run(backend, model));
+            }
+            None => {
+                let hidden = &options.hidden;
+                let noop = Noop {
+                    latency: Duration::from_millis(hidden.noop_latency),
+                    slots: hidden.noop_slots,
+                    model: hidden.noop_model.clone(),
+                };
+                let backend = Poisonable { backend: noop, poison: hidden.noop_poison.clone() };
+                workers.spawn(worker.run(backend, hidden.noop_model.clone()));
+            }
+        }
+    }
+    supervise(workers, &interruption).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// One device's worker.
+struct Worker {
+    rank: u32,
+    device: Device,
+    max_attempts: u32,
+    drain_timeout: Duration,
+    fleet: Fleet,
+    stats: Arc<Stats>,
+    health: Health,
+    shutdown: CancellationToken,
+}
+
+impl Worker {
+    async fn run<B: Backend>(self, backend: B, model: String) -> Result<(), gpu_worker::Error> {
+        let identity = Identity::new(self.rank, self.device.to_string());
+        let name = identity.name.clone();
+        let over = CancellationToken::new();
+        let beating = tokio::spawn(said::say(
+            identity,
+            self.fleet.clone(),
+            Arc::clone(&self.stats),
+            over.clone(),
+        ));
+        let config = gpu_worker::Config {
+            rank: self.rank,
+            name: name.clone(),
+            max_attempts: self.max_attempts,
+            drain_timeout: self.drain_timeout,
+        };
+        let queues = (self.fleet.jobs(&model), self.fleet.outcomes(None));
+        let (rank, health) = (self.rank, self.health);
+        let ready = |model: &str| {
+            tracing::info!(worker = rank, name, model, "worker is ready");
+            health.set(true);
+        };
+        let done =
+            gpu_worker::run(config, backend, queues, (self.stats, self.shutdown), ready).await;
+        over.cancel();
+        // Whether the fleet was told or not, this worker is over.
+        drop(beating.await);
+        done
+    }
+}
+
+/// Waits for all workers to end; the error of the first that could not go on, once none is left.
+async fn supervise(mut workers: Workers, interruption: &CancellationToken) -> anyhow::Result<()> {
+    let mut first_error = None;
+    let mut told = false;
+    loop {
+        let joined = tokio::select! {
+            joined = workers.join_next() => joined,
+            () = interruption.cancelled(), if !told => {
+                told = true;
+                tracing::warn!(
+                    "finishing the running jobs; interrupt again to stop at once"
+                );
+                continue;
+            }
+        };
+        let error = match joined {
+            None => break,
+            Some(Ok(Ok(()))) => continue,
+            Some(Ok(Err(error))) => anyhow::Error::new(error),
+            Some(Err(panic)) => anyhow!("a worker panicked: {panic}"),
+        };
+        if !workers.is_empty() {
+            tracing::error!("a worker cannot go on, {} are left: {error:#}", workers.len());
+        }
+        first_error.get_or_insert(error);
+    }
+    match first_error {
+        Some(error) => Err(error.context("no worker is left")),
+        None => Ok(()),
+    }
+}
