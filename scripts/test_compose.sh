@@ -3,6 +3,7 @@
 # collector, adds workers, and checks that every id has exactly one line. Then opens NATS with a password and TLS.
 #
 #   scripts/test_compose.sh
+#   BINARY=target/debug/flotilla scripts/test_compose.sh     the same, with a program compiled before instead of compiling it
 #
 # Needs a Docker engine and compose (v2 or 1.29). Where no registry can be reached, the base images are put together by
 # standin_images.sh. Every wait has a deadline; nothing stays but the images, so that the next time is short.
@@ -107,11 +108,39 @@ images() {
         fi
     done
     say "base images are here"
-    timeout 1500 "${engine[@]}" --env-file /dev/null --project-directory . -p "$project" -f docker-compose.yml build producer >"$work/build.log" 2>&1 || {
+}
+
+# A builder whose cargo hands out the program $1; all else of the Dockerfile stays as it is.
+prebuilt() {
+    mkdir "$work/prebuilt"
+    cp "$1" "$work/prebuilt/flotilla"
+    cat >"$work/prebuilt/cargo" <<'CARGO'
+#!/bin/sh
+while [ $# -gt 0 ]; do [ "$1" != --profile ] || profile=$2; shift; done
+[ "$profile" != dev ] || profile=debug
+mkdir -p "/target/$profile" && cp /usr/local/share/flotilla "/target/$profile/"
+CARGO
+    cat >"$work/prebuilt/Dockerfile" <<IMAGE
+FROM $(sed -n 's/^ARG BUILDER_IMAGE=//p' Dockerfile)
+COPY flotilla /usr/local/share/
+COPY cargo /usr/local/cargo/bin/
+RUN chmod 755 /usr/local/cargo/bin/cargo
+IMAGE
+    docker build --quiet --tag flotilla-prebuilt:test "$work/prebuilt"
+}
+
+image() {
+    local args=()
+    if [ -n "${BINARY:-}" ]; then
+        prebuilt "$BINARY" >"$work/build.log" 2>&1 || { cat "$work/build.log"; die "no builder out of $BINARY"; }
+        args=(--build-arg BUILDER_IMAGE=flotilla-prebuilt:test)
+    fi
+    timeout 1500 "${engine[@]}" --env-file /dev/null --project-directory . -p "$project" -f docker-compose.yml \
+        build "${args[@]}" producer >"$work/build.log" 2>&1 || {
         tail -n 40 "$work/build.log"
         die "the image does not build"
     }
-    say "image built ($FLOTILLA_PROFILE), $(docker image inspect --format '{{.Size}}' "$IMAGE" | awk '{printf "%.0f MB", $1 / 1e6}')"
+    say "image built (${BINARY:-$FLOTILLA_PROFILE}), $(docker image inspect --format '{{.Size}}' "$IMAGE" | awk '{printf "%.0f MB", $1 / 1e6}')"
 }
 
 # Nothing but NATS on 127.0.0.1 is published, and no role runs as root.
@@ -210,6 +239,7 @@ opened() {
 }
 
 images
+image
 examples
 more
 faults
