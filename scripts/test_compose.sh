@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 QUERIES=${QUERIES:-400}
 project=flotilla-test-$$
 work=$(mktemp -d)
+: >"$work/env"
 
 say() { printf '[%3ss] %s\n' "$SECONDS" "$*"; }
 die() { say "FAILED: $*" >&2; exit 1; }
@@ -20,7 +21,7 @@ die() { say "FAILED: $*" >&2; exit 1; }
 if docker compose version >/dev/null 2>&1; then engine=(docker compose); else engine=(docker-compose); fi
 files=(-f docker-compose.yml)
 # Not this folder's .env: the test sets everything itself.
-compose() { "${engine[@]}" --env-file /dev/null --project-directory . -p "$project" "${files[@]}" "$@"; }
+compose() { "${engine[@]}" --env-file "$work/env" --project-directory . -p "$project" "${files[@]}" "$@"; }
 
 unset COMPOSE_FILE COMPOSE_PROJECT_NAME FLOTILLA_NATS_URL FLOTILLA_REDIS_URL FLOTILLA_RUN NATS_USER NATS_PASSWORD NATS_ADDRESS NATS_CERTS
 export FLOTILLA_VERSION=test FLOTILLA_PROFILE=${FLOTILLA_PROFILE:-quick}
@@ -40,6 +41,7 @@ finish() {
     # Files in there belong to the containers' user.
     rm -rf "$work" 2>/dev/null || docker run --rm -u 0:0 -v "$work:/work" --entrypoint rm "$IMAGE" -rf /work/data || true
     rm -rf "$work"
+    docker rmi flotilla-prebuilt:test >/dev/null 2>&1 || true
     exit "$code"
 }
 trap finish EXIT
@@ -135,7 +137,7 @@ image() {
         prebuilt "$BINARY" >"$work/build.log" 2>&1 || { cat "$work/build.log"; die "no builder out of $BINARY"; }
         args=(--build-arg BUILDER_IMAGE=flotilla-prebuilt:test)
     fi
-    timeout 1500 "${engine[@]}" --env-file /dev/null --project-directory . -p "$project" -f docker-compose.yml \
+    timeout 1500 "${engine[@]}" --env-file "$work/env" --project-directory . -p "$project" -f docker-compose.yml \
         build "${args[@]}" producer >"$work/build.log" 2>&1 || {
         tail -n 40 "$work/build.log"
         die "the image does not build"
