@@ -1,7 +1,7 @@
 //! What these tests share: two servers and a folder, and the roles as processes.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use flotilla_tests::Workplace;
 use flotilla_tests::nats_server::NatsServer;
@@ -114,6 +114,3 @@ pub(crate) fn run<'a>(state: &'a Value, name: &str) -> &'a Value {
     let runs = state["runs"].as_array().unwrap();
     runs.iter().find(|run| run["run"] == name).unwrap_or(&Value::Null)
 }
-
-/// Longer than a lease of these tests.
-pub(crate) const BEYOND_LEASE: Duration = Duration::from_secs(3);

@@ -41,7 +41,10 @@ fn status_tells_runs_and_workers_while_they_work() {
     collector.wait_for("written", 200);
     fleet.wait_for("the end", |state| {
         let run = run(state, "r");
-        run["done"] == 200 && run["queued"] == 0 && run["in_flight"] == 0 && run["eta_seconds"] == 0.0
+        run["done"] == 200
+            && run["queued"] == 0
+            && run["in_flight"] == 0
+            && run["eta_seconds"] == 0.0
     });
 }
 

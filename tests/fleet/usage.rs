@@ -70,7 +70,8 @@ fn wrong_options_are_told_with_what_was_expected() {
         (2, "retry", "--run"),
         (2, "reconcile --queries-file queries.jsonl", "--output-file"),
     ] {
-        let args = if expected == "--nats-url" { args.to_owned() } else { format!("{args} {nats}") };
+        let args =
+            if expected == "--nats-url" { args.to_owned() } else { format!("{args} {nats}") };
         let log = place.run_expecting(code, &args);
         assert!(log.contains(expected), "{args}: {log}");
     }

@@ -476,7 +476,8 @@ fn available_memory() -> Option<u64> {
     Some(kibibytes * 1024)
 }
 
-fn model_name(model_path: &std::path::Path) -> String {
+/// The name of the model in this folder: the folder's own.
+pub fn model_name(model_path: &std::path::Path) -> String {
     let path = model_path.canonicalize().unwrap_or_else(|_| model_path.to_owned());
     path.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
 }

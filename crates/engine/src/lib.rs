@@ -18,7 +18,7 @@ mod tokenizer;
 pub use chat_template::{ChatTemplate, Message, UserFields, UserTemplate};
 pub use detokenizer::Detokenizer;
 pub use engine::{
-    Engine, EngineConfig, FinishReason, Finished, Request, Stats, StepOutput, Timing,
+    Engine, EngineConfig, FinishReason, Finished, Request, Stats, StepOutput, Timing, model_name,
 };
 pub use prompt::{Prompt, PromptFormat};
 pub use sampler::{SampleError, SamplingParams, sample};

@@ -13,7 +13,7 @@ use shared::RunId;
 use shared::queue::nats::Fleet;
 use tokio_util::sync::CancellationToken;
 
-use crate::cli::fleet::{CollectOptions, RedisOptions};
+use crate::cli::fleet::CollectOptions;
 use crate::observe::{self, Health};
 use crate::statistics::Statistics;
 use crate::{FAILED, FINISHED_WITH_FAILURES, INTERRUPTED, fleet, signals, telemetry};
@@ -79,27 +79,26 @@ pub(crate) struct Roles {
 impl Roles {
     /// Collects one run until its end; `None` if that came before the output was this process' own.
     async fn collect(&self, run: RunId, output_file: PathBuf) -> anyhow::Result<Option<Collected>> {
-        let lock =
-            if self.wait { Lock::Wait(self.shutdown.clone()) } else { Lock::Refuse };
+        let lock = if self.wait { Lock::Wait(self.shutdown.clone()) } else { Lock::Refuse };
         let output = match Output::open(&output_file, lock).await {
             Err(collector::Error::Interrupted { .. }) => return Ok(None),
             opened => opened?,
         };
         let one = One { roles: self.clone(), run: run.clone(), output_file };
-        let opening = async {
-            match &self.redis_url {
-                Some(url) => one.run(output, redis(url, &run).await?).await,
-                None => one.run(output, MemoryDedup::default()).await,
-            }
+        let Some(url) = &self.redis_url else {
+            return one.run(output, MemoryDedup::default()).await;
         };
-        opening.await
+        tokio::select! {
+            dedup = redis(url, &run) => one.run(output, dedup?).await,
+            () = self.shutdown.cancelled() => Ok(None),
+        }
     }
 }
 
 /// The index in Redis.
 pub(crate) async fn redis(url: &str, run: &RunId) -> anyhow::Result<RedisDedup> {
     let config = RedisConfig::new(url);
-    RedisDedup::connect(config, run).await.context("cannot use the Redis server")
+    RedisDedup::connect(&config, run).await.context("cannot use the Redis server")
 }
 
 /// Collects the only run of this process.

@@ -49,9 +49,8 @@ where
     F: Future<Output = Page> + Send + 'static,
 {
     let Some(addr) = addr else { return Ok(()) };
-    let listener = TcpListener::bind(addr)
-        .await
-        .with_context(|| format!("cannot serve metrics at {addr}"))?;
+    let listener =
+        TcpListener::bind(addr).await.with_context(|| format!("cannot serve metrics at {addr}"))?;
     let addr = listener.local_addr().context("cannot serve metrics")?;
     tracing::info!("metrics at http://{addr}/metrics");
     let make_page = Arc::new(make_page);

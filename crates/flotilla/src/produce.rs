@@ -7,9 +7,9 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use anyhow::Context as _;
 use producer::{
-    BadInput, JobTemplate, ListenConfig, Published, Publisher, RetrievalConfig, Retriever, SourceConfig, Stats,
+    BadInput, JobTemplate, ListenConfig, Published, Publisher, RetrievalConfig, Retriever,
+    SourceConfig, Stats,
 };
 use shared::queue::nats::{Fleet, NatsQueue};
 use shared::{Context, Job, JobId, RunId, Settled};
@@ -51,10 +51,7 @@ pub(crate) fn main(options: &ProduceOptions) -> anyhow::Result<ExitCode> {
 }
 
 /// What all jobs of the run have in common.
-pub(crate) fn template(
-    run: RunId,
-    generation: &GenerationOptions,
-) -> anyhow::Result<JobTemplate> {
+pub(crate) fn template(run: RunId, generation: &GenerationOptions) -> anyhow::Result<JobTemplate> {
     Ok(JobTemplate {
         run,
         prompt_template: generation.template()?,

@@ -17,7 +17,7 @@ use futures_util::StreamExt;
 use producer::{BadInput, JobTemplate, Publisher, Retriever};
 use serde::Deserialize;
 use shared::queue::nats::{Fleet, NatsQueue};
-use shared::{IdDigest, Job, JobId, Message, Queue, QueueError, RunId};
+use shared::{IdDigest, Job, JobId, Message, Publishing, Queue, QueueError, RunId};
 
 use crate::cli::fleet::ReconcileOptions;
 use crate::rejects::Rejects;
@@ -149,6 +149,10 @@ impl Queue<Job> for Again {
     async fn publish(&self, job: Job) -> Result<(), QueueError> {
         tracing::debug!(message_id = job.message_id(), "published again");
         self.fleet.republish(&self.model, job).await
+    }
+
+    async fn try_publish(&self, job: Job) -> Result<Publishing, QueueError> {
+        self.publish(job).await.map(|()| Publishing::Stored)
     }
 
     async fn pull(&self, max: usize, wait: Duration) -> Result<Vec<Self::Delivery>, QueueError> {

@@ -81,11 +81,7 @@ struct Letter {
     job: Job,
 }
 
-async fn put_back(
-    options: &RetryOptions,
-    fleet: &Fleet,
-    mut lines: Lines,
-) -> anyhow::Result<Done> {
+async fn put_back(options: &RetryOptions, fleet: &Fleet, mut lines: Lines) -> anyhow::Result<Done> {
     let mut done = Done::default();
     let mut wanted: HashSet<&str> = options.id.iter().map(String::as_str).collect();
     let is_selective = !wanted.is_empty();
@@ -138,14 +134,10 @@ async fn publish(fleet: &Fleet, batch: Vec<Letter>) -> anyhow::Result<u64> {
 enum Lines {
     /// A running collector is asked.
     Asked,
-    /// No collector runs: here.
-    Here(Box<Owned>),
-}
-
-/// The output, and its index, as a collector holds them.
-enum Owned {
-    Redis(Collector<RedisDedup>),
-    Memory(Collector<MemoryDedup>),
+    /// Here, since no collector runs, and with the index in Redis.
+    Redis(Box<Collector<RedisDedup>>),
+    /// Here, with an index of its own.
+    Memory(Box<Collector<MemoryDedup>>),
 }
 
 impl Lines {
@@ -153,13 +145,13 @@ impl Lines {
         let Some(path) = &options.output_file else { return Ok(Self::Asked) };
         files::check_input(path)?;
         let output = Output::open(path, Lock::Refuse).await?;
-        Ok(Self::Here(Box::new(match &options.redis.redis_url {
+        Ok(match &options.redis.redis_url {
             Some(url) => {
                 let dedup = collect::redis(url, &options.run).await?;
-                Owned::Redis(Collector::open(output, dedup).await?)
+                Self::Redis(Box::new(Collector::open(output, dedup).await?))
             }
-            None => Owned::Memory(Collector::open(output, MemoryDedup::default()).await?),
-        })))
+            None => Self::Memory(Box::new(Collector::open(output, MemoryDedup::default()).await?)),
+        })
     }
 
     /// Step (1): how many lines left the output.
@@ -167,31 +159,32 @@ impl Lines {
         let Some(run) = batch.first().map(|letter| &letter.job.run) else { return Ok(0) };
         let ids = || batch.iter().map(|letter| letter.job.id());
         let digests = || ids().map(JobId::digest).collect::<HashSet<IdDigest>>();
-        match self {
+        let timeout = match self {
+            Self::Asked => OUTCOMES_TIMEOUT,
+            // Nobody else writes them, so there is nothing to wait for.
+            Self::Redis(_) | Self::Memory(_) => Duration::ZERO,
+        };
+        wait_for_outcomes(fleet, run, timeout).await?;
+        Ok(match self {
+            Self::Redis(collector) => collector.remove_failed(&digests()).await?,
+            Self::Memory(collector) => collector.remove_failed(&digests()).await?,
             Self::Asked => {
-                wait_for_outcomes(fleet, run, OUTCOMES_TIMEOUT).await?;
                 let request = Request::RemoveFailed { ids: ids().cloned().collect() };
-                let asked = fleet.request_control(run, &request, CONTROL_TIMEOUT).await;
-                match asked {
-                    Ok(Reply::Removed(removed)) => Ok(removed),
-                    Ok(Reply::Refused(reason)) => bail!("the collector refused: {reason}"),
-                    Err(error) => Err(error).with_context(|| {
-                        format!(
-                            "no collector of run '{}' answers; start one, or give --output-file \
-                             with the run's output if none shall run",
-                            run.0
-                        )
-                    }),
-                }
+                ask(fleet, run, &request).await?
             }
-            Self::Here(owned) => {
-                wait_for_outcomes(fleet, run, Duration::ZERO).await?;
-                Ok(match &mut **owned {
-                    Owned::Redis(collector) => collector.remove_failed(&digests()).await?,
-                    Owned::Memory(collector) => collector.remove_failed(&digests()).await?,
-                })
-            }
-        }
+        })
+    }
+}
+
+/// Asks the run's collector to take failed lines out.
+async fn ask(fleet: &Fleet, run: &RunId, request: &Request) -> anyhow::Result<u64> {
+    match fleet.request_control(run, request, CONTROL_TIMEOUT).await {
+        Ok(Reply::Removed(removed)) => Ok(removed),
+        Ok(Reply::Refused(reason)) => bail!("the collector refused: {reason}"),
+        Err(error) => Err(error).context(
+            "the failed lines are still in the output; start a collector of the run, or give \
+             --output-file with the output if none shall run",
+        ),
     }
 }
 

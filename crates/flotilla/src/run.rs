@@ -40,6 +40,7 @@ struct Queues {
 
 /// Runs `flotilla run`.
 pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
+    let input = options.source.file()?.0;
     let engine = options.model.engine_config(options.workers)?;
     let template = JobTemplate {
         run: RunId(run_name(&options.output_file)),
@@ -48,7 +49,7 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
         generation: options.generation.generation(),
     };
     options.retrieval.validate()?;
-    files::check(options.source.file()?.0, &options.output_file)?;
+    files::check(input, &options.output_file)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         // Each thread that tokenises keeps words of its own; no more of them than run at a time.

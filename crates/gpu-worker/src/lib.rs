@@ -146,3 +146,6 @@ fn server<E: Serving, O: Queue<Settled>>(
         broken: Broken::default(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use shared::{Delivery, Job, Queue, Settled};
 use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::backend::Serving;
@@ -92,8 +92,11 @@ impl<E: Serving, J: Queue<Job>, O: Queue<Settled>> Puller<'_, E, J, O> {
                     return Stop::Broken;
                 }
             };
-            fill = !fill && deliveries.first().is_some_and(|delivery| delivery.attempt() == 1);
-            if self.start(deliveries).await {
+            let is_first = deliveries.first().is_some_and(|delivery| delivery.attempt() == 1);
+            let has_alone = self.start(deliveries).await;
+            // What is at the head of the queue now need not be there any more when a slot gets free.
+            fill = !fill && is_first && self.slots.available_permits() > 0;
+            if has_alone {
                 tokio::select! {
                     biased;
                     () = settle_all(&mut self.held, &mut self.settled_any) => {}
@@ -158,7 +161,7 @@ impl<E: Serving, J: Queue<Job>, O: Queue<Settled>> Puller<'_, E, J, O> {
 
     fn reap(&mut self) {
         while let Some(joined) = self.held.try_join_next() {
-            self.settled_any |= joined.unwrap_or(false);
+            self.settled_any |= was_settled(joined);
         }
     }
 
@@ -201,8 +204,16 @@ impl<E: Serving, J: Queue<Job>, O: Queue<Settled>> Puller<'_, E, J, O> {
 /// Waits until nothing is held.
 async fn settle_all(held: &mut JoinSet<bool>, settled_any: &mut bool) {
     while let Some(joined) = held.join_next().await {
-        *settled_any |= joined.unwrap_or(false);
+        *settled_any |= was_settled(joined);
     }
+}
+
+/// Whether a job was settled. One whose task panicked comes again when its lease runs out.
+fn was_settled(joined: Result<bool, JoinError>) -> bool {
+    joined.unwrap_or_else(|error| {
+        tracing::error!(%error, "a job's task ended early");
+        false
+    })
 }
 
 /// Waits until nothing must be pulled any more.

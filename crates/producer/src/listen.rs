@@ -38,7 +38,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub struct ListenConfig {
     /// The address; port 0 takes any.
     pub addr: SocketAddr,
-    /// What a client must send as `Authorization: Bearer …`; needed beyond this machine.
+    /// What a client must send as `Authorization: Bearer …`, without the spaces round it; needed
+    /// beyond this machine.
     pub token: Option<String>,
     /// Longest body.
     pub max_body_bytes: u64,
@@ -62,7 +63,7 @@ impl ListenConfig {
             addr,
             token,
             max_body_bytes: 64 << 20,
-            max_requests: 32,
+            max_requests: 16,
             max_connections: 512,
             read_timeout: Duration::from_secs(10),
             full_timeout: Duration::from_secs(2),
@@ -70,7 +71,8 @@ impl ListenConfig {
         }
     }
 
-    fn validate(&self) -> Result<(), Error> {
+    /// Checks what can't be meant.
+    pub fn validate(&self) -> Result<(), Error> {
         let text = match &self.token {
             Some(token) if token.trim().is_empty() => {
                 "expected a token to listen with, given an empty one".to_owned()

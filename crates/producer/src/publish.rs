@@ -240,7 +240,8 @@ fn without_text(context: &Context) -> Context {
 ///
 /// `report` is called for each bad input that has no line of its own. A shutdown stops the
 /// reading and waits for the publishes that have begun; what it leaves unpublished, the same
-/// command publishes.
+/// command publishes. The thread that reads may then still be waiting for input: it isn't waited
+/// for, and a runtime that is to end must not either (`shutdown_background`).
 pub async fn publish<J: Queue<Job>, O: Queue<Settled>>(
     contexts: impl Iterator<Item = Result<Context, BadInput>> + Send + 'static,
     publisher: &Publisher<J, O>,

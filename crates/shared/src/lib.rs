@@ -1,13 +1,16 @@
-//! The contract between flotilla's roles: the messages they exchange and the queue between them.
+//! The contract between flotilla's roles: the messages they exchange, the queue between them, and
+//! what they tell about themselves.
 //!
-//! Depends on nothing heavy, and on none of the roles.
+//! Depends on nothing heavy, and on none of the roles. The queue on NATS JetStream is a feature, `nats`.
 
 pub mod message;
 pub mod queue;
+pub mod status;
+pub mod token;
 
 pub use message::{
     Completed, Context, Dependencies, DocumentRef, FinishReason, Generation, IdDigest, Job, JobId,
     Outcome, Query, RetrievalMethod, RunId, Settled, WIRE_VERSION, job_seed,
 };
 pub use queue::memory::MemoryQueue;
-pub use queue::{Delivery, Message, Queue, QueueError};
+pub use queue::{Delivery, Message, Publishing, Queue, QueueError};

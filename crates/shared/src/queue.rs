@@ -7,23 +7,41 @@
 use std::future::Future;
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use thiserror::Error;
 
-use crate::message::{Job, Settled};
+use crate::message::{Job, RunId, Settled};
 
 #[cfg(any(test, feature = "conformance"))]
 pub mod conformance;
 pub mod memory;
+#[cfg(feature = "nats")]
+pub mod nats;
 
 /// Something a queue can carry.
-pub trait Message: Clone + Send + Sync + 'static {
+pub trait Message: Clone + Serialize + DeserializeOwned + Send + Sync + 'static {
     /// Id under which the queue recognises a repeated publish: `run/id`.
     fn message_id(&self) -> String;
+
+    /// The run it belongs to.
+    fn run(&self) -> &RunId;
+
+    /// Its wire version.
+    fn version(&self) -> u16;
 }
 
 impl Message for Job {
     fn message_id(&self) -> String {
         format!("{}/{}", self.run.0, self.id())
+    }
+
+    fn run(&self) -> &RunId {
+        &self.run
+    }
+
+    fn version(&self) -> u16 {
+        self.version
     }
 }
 
@@ -31,27 +49,45 @@ impl Message for Settled {
     fn message_id(&self) -> String {
         format!("{}/{}", self.run.0, self.context.id)
     }
+
+    fn run(&self) -> &RunId {
+        &self.run
+    }
+
+    fn version(&self) -> u16 {
+        self.version
+    }
 }
 
-/// Why a queue could not do what it was asked.
+/// Why a queue could not do what it was asked. Passing trouble, such as a lost connection, is
+/// waited out and logged instead.
 #[derive(Debug, Error)]
 pub enum QueueError {
     /// The lease of this delivery ran out: the message is, or will be, delivered to somebody else.
     #[error("the lease of message '{0}' ran out and it was given back to the queue")]
     LeaseExpired(String),
-    /// The message is larger than the queue takes: publishing it can never work.
-    #[error("message '{message_id}' has {bytes} bytes, the queue takes {limit} at most")]
+    /// The message is larger than the queue takes; it always will be.
+    #[error("message '{message_id}' is too large: expected at most {limit} bytes, given {bytes}")]
     TooLarge {
         /// The message.
         message_id: String,
         /// Its size.
         bytes: usize,
-        /// The largest size.
+        /// The most that the queue takes.
         limit: usize,
     },
-    /// The server can't serve this. Passing trouble is waited out and never comes here.
-    #[error("the queue's server cannot go on")]
+    /// The server behind the queue can't serve this, now or later.
+    #[error("the queue's server cannot serve this")]
     Server(#[source] Box<dyn std::error::Error + Send + Sync>),
+}
+
+/// What became of a publish that doesn't wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Publishing {
+    /// The message is stored.
+    Stored,
+    /// The queue is full, or can't be reached now. Try again later; it may have been stored.
+    Full,
 }
 
 /// A queue of `T`. Clones are handles to the same queue.
@@ -63,8 +99,14 @@ pub trait Queue<T: Message>: Clone + Send + Sync + 'static {
     /// queue can make it. A message whose id the queue still holds is not stored again.
     fn publish(&self, message: T) -> impl Future<Output = Result<(), QueueError>> + Send;
 
+    /// The same without waiting for room.
+    fn try_publish(
+        &self,
+        message: T,
+    ) -> impl Future<Output = Result<Publishing, QueueError>> + Send;
+
     /// Takes up to `max` messages: as soon as there is one, or none after `wait`. Dropping the
-    /// future before it is ready takes none.
+    /// future before it is ready strands none: what was on its way goes to the next pull.
     fn pull(
         &self,
         max: usize,

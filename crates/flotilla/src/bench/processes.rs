@@ -52,14 +52,17 @@ pub(super) struct Processes(Vec<(Child, Usage)>);
 
 impl Processes {
     /// Starts one.
-    pub(super) fn start(&mut self, role: Role, command: &mut Command) -> anyhow::Result<&mut Child> {
+    pub(super) fn start(
+        &mut self,
+        role: Role,
+        command: &mut Command,
+    ) -> anyhow::Result<&mut Child> {
         command.stdout(Stdio::null()).kill_on_drop(true);
         if matches!(role, Role::Nats) {
             // It tells everything there, the roles only what matters.
             command.stderr(Stdio::null());
         }
-        let child =
-            command.spawn().with_context(|| format!("cannot start the {}", role.name()))?;
+        let child = command.spawn().with_context(|| format!("cannot start the {}", role.name()))?;
         let usage = Usage { role, cpu: Duration::ZERO, peak_memory_bytes: 0 };
         self.0.push((child, usage));
         let last = self.0.last_mut().context("it was just put there")?;

@@ -105,7 +105,8 @@ fn server(given: Option<&PathBuf>, name: &str) -> PathBuf {
         .filter(|dir| !dir.is_empty())
         .map(PathBuf::from)
         .or_else(|| std::env::home_dir().map(|home| home.join(".cache")));
-    let fetched = cache.map(|dir| dir.join("flotilla/bin").join(name)).filter(|file| file.is_file());
+    let fetched =
+        cache.map(|dir| dir.join("flotilla/bin").join(name)).filter(|file| file.is_file());
     given.cloned().or(fetched).unwrap_or_else(|| name.into())
 }
 

@@ -23,7 +23,13 @@ pub(crate) struct ProduceOptions {
     pub(crate) listen: Option<SocketAddr>,
     /// Token that requests must bring as `Authorization: Bearer TOKEN`. Without it, only an address
     /// of this machine can be listened on.
-    #[arg(long, env = "FLOTILLA_TOKEN", value_name = "TOKEN", hide_env_values = true, requires = "listen")]
+    #[arg(
+        long,
+        env = "FLOTILLA_TOKEN",
+        value_name = "TOKEN",
+        hide_env_values = true,
+        requires = "listen"
+    )]
     pub(crate) token: Option<String>,
     /// JSONL file that gets the input that can have no line, with file, line and reason
     /// [default: <queries file>.rejected.jsonl, none for stdin and --listen].
@@ -110,7 +116,12 @@ pub(crate) enum BackendName {
 #[derive(Args, Debug)]
 pub(crate) struct CollectOptions {
     /// JSONL file that gets one line for each query of the run. Lines that are there are kept.
-    #[arg(long, value_name = "FILE", required_unless_present = "output_dir", conflicts_with = "output_dir")]
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "output_dir",
+        conflicts_with = "output_dir"
+    )]
     pub(crate) output_file: Option<PathBuf>,
     /// Collect every run, each into `<run>.jsonl` in this folder; runs that begin later too.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["run", "until_done", "statistics_file"])]
@@ -302,5 +313,9 @@ fn parse_window(text: &str) -> Result<usize, String> {
 }
 
 fn parse_run(text: &str) -> Result<RunId, String> {
-    if text.is_empty() { Err("expected a name, given nothing".to_owned()) } else { Ok(RunId(text.to_owned())) }
+    if text.is_empty() {
+        Err("expected a name, given nothing".to_owned())
+    } else {
+        Ok(RunId(text.to_owned()))
+    }
 }

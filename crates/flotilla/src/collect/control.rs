@@ -2,9 +2,9 @@
 
 use collector::Control;
 use futures_util::StreamExt;
-use shared::{JobId, RunId};
 use shared::queue::nats::Fleet;
 use shared::status::{Reply, Request};
+use shared::{JobId, RunId};
 use tokio::sync::{mpsc, oneshot};
 
 use super::tally::Tally;
@@ -46,5 +46,5 @@ pub(super) async fn serve(
         }
     }
     // The stream ends with the connection.
-    std::future::pending().await
+    std::future::pending::<()>().await;
 }

@@ -94,7 +94,10 @@ impl One {
             shutdown.cancelled().await;
         }
         if shutdown.is_cancelled() {
-            tracing::warn!(run = self.run.0, "ending after the batch in hand; interrupt again to stop at once");
+            tracing::warn!(
+                run = self.run.0,
+                "ending after the batch in hand; interrupt again to stop at once"
+            );
         }
     }
 

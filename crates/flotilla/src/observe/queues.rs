@@ -19,7 +19,12 @@ pub(crate) async fn add_queues(page: &mut Page, fleet: &Fleet) {
     add(page, "queue_jobs", "Jobs not yet settled, those in flight included.", &queues.jobs);
     add(page, "queue_jobs_waiting", "Jobs that wait for a worker.", &queues.waiting);
     add(page, "queue_jobs_in_flight", "Jobs that workers hold.", &queues.in_flight);
-    add(page, "queue_jobs_redelivered", "Jobs in flight not for the first time.", &queues.redelivered);
+    add(
+        page,
+        "queue_jobs_redelivered",
+        "Jobs in flight not for the first time.",
+        &queues.redelivered,
+    );
     add(page, "queue_outcomes", "Outcomes not yet written.", &queues.outcomes);
     add(page, "dead_letters", "Dead letters.", &queues.dead);
 }
@@ -61,5 +66,9 @@ fn add(page: &mut Page, name: &str, help: &str, rows: &[Row]) {
         .iter()
         .map(|(labels, count)| (labels.iter().map(|(k, v)| (*k, v.as_str())).collect(), *count))
         .collect();
-    page.gauges(name, help, rows.iter().map(|(labels, count)| (labels.as_slice() as Labels<'_>, count)));
+    page.gauges(
+        name,
+        help,
+        rows.iter().map(|(labels, count)| (labels.as_slice() as Labels<'_>, count)),
+    );
 }

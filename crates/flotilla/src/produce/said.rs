@@ -90,10 +90,7 @@ impl Speaker {
         let rate = self.rate.update(published);
         if self.last_line.elapsed() >= LINE_INTERVAL && !finished {
             self.last_line = Instant::now();
-            tracing::info!(
-                "{published} published, {} not yet confirmed, {rate:.1}/s",
-                now.waiting
-            );
+            tracing::info!("{published} published, {} not yet confirmed, {rate:.1}/s", now.waiting);
         }
         RunStatus {
             run: self.run.clone(),

@@ -109,7 +109,8 @@ impl View {
     pub(crate) fn of(gathered: &Gathered, only: Option<&RunId>) -> Self {
         let mut names: BTreeSet<&str> = BTreeSet::new();
         names.extend(gathered.jobs.keys().map(|(_, run)| run.0.as_str()));
-        names.extend(gathered.outcomes.keys().chain(gathered.dead.keys()).map(|run| run.0.as_str()));
+        names
+            .extend(gathered.outcomes.keys().chain(gathered.dead.keys()).map(|run| run.0.as_str()));
         names.extend(gathered.runs.iter().map(|status| status.run.0.as_str()));
         let runs = names.into_iter().filter(|name| only.is_none_or(|only| only.0 == *name));
         let mut workers: Vec<WorkerView> =

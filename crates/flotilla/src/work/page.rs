@@ -36,9 +36,11 @@ fn add_gauges(page: &mut Page, workers: &Workers) {
     gauge("num_requests_running", "Jobs that the engine computes.", |s| {
         s.engine.num_running as f64
     });
-    gauge("num_requests_waiting", "Jobs held that the engine does not compute yet, or any more.", |s| {
-        s.num_waiting() as f64
-    });
+    gauge(
+        "num_requests_waiting",
+        "Jobs held that the engine does not compute yet, or any more.",
+        |s| s.num_waiting() as f64,
+    );
     gauge("num_slots", "Jobs that the worker holds at most.", |s| s.num_slots as f64);
     gauge("kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all of them.", |s| {
         s.engine.kv_blocks_used as f64 / (s.engine.kv_blocks_total as f64).max(1.0)
@@ -52,9 +54,11 @@ fn add_counters(page: &mut Page, workers: &Workers) {
     };
     counter("prompt_tokens_total", "Tokens of prompts.", |s| s.engine.prompt_tokens);
     counter("generation_tokens_total", "Tokens generated.", |s| s.engine.generation_tokens);
-    counter("prefix_cache_queries_total", "Tokens of prompts looked up in the prefix cache.", |s| {
-        s.engine.prompt_tokens
-    });
+    counter(
+        "prefix_cache_queries_total",
+        "Tokens of prompts looked up in the prefix cache.",
+        |s| s.engine.prompt_tokens,
+    );
     counter("prefix_cache_hits_total", "Tokens of prompts found in the prefix cache.", |s| {
         s.engine.cached_prompt_tokens
     });
@@ -71,7 +75,10 @@ fn add_counters(page: &mut Page, workers: &Workers) {
 
 /// Answers and failures, by their reasons.
 fn add_results(page: &mut Page, workers: &Workers) {
-    let mut add = |name: &str, help: &str, reason: &str, counts: fn(&Snapshot) -> Vec<(&str, u64)>| {
+    let mut add = |name: &str,
+                   help: &str,
+                   reason: &str,
+                   counts: fn(&Snapshot) -> Vec<(&str, u64)>| {
         let mut rows = Vec::new();
         for worker in workers {
             let [model, engine] = labels(worker);

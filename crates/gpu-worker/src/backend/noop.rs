@@ -74,7 +74,7 @@ impl Serving for NoopEngine {
     }
 
     async fn down(&self) {
-        std::future::pending().await
+        std::future::pending::<()>().await;
     }
 
     async fn answer(&self, job: &Job) -> Result<Answer, Failure> {

@@ -56,7 +56,7 @@ impl<J: Queue<Job>, O: Queue<Settled>> Shared<J, O> {
         end: CancellationToken,
     ) -> Self {
         Self {
-            token: config.token.as_ref().map(|token| Sha256::digest(token).into()),
+            token: config.token.as_ref().map(|token| Sha256::digest(token.trim()).into()),
             slots: Semaphore::new(config.max_requests),
             config,
             publisher,
@@ -127,13 +127,16 @@ async fn post_queries<J: Queue<Job>, O: Queue<Settled>>(
     let (head, body) = request.into_parts();
     let mut body = body.into_data_stream();
     let (answer, is_read) = match shared.admit(&head.headers) {
-        Err(refused) => (refused, false),
+        Err(refused) => (*refused, false),
         Ok(division) => match shared.slots.try_acquire() {
             Ok(_slot) => {
                 let answer = shared.take(&mut body, division).await;
                 shared.add(answer.published());
-                let is_read =
-                    matches!(answer.status, StatusCode::ACCEPTED | StatusCode::BAD_REQUEST);
+                // Of a body that has ended or stopped there is nothing more to read.
+                let is_read = !matches!(
+                    answer.status,
+                    StatusCode::TOO_MANY_REQUESTS | StatusCode::PAYLOAD_TOO_LARGE
+                );
                 (answer, is_read)
             }
             Err(_none) => (Answer::busy("too many requests at a time"), false),
@@ -148,20 +151,20 @@ async fn post_queries<J: Queue<Job>, O: Queue<Settled>>(
 
 impl<J: Queue<Job>, O: Queue<Settled>> Shared<J, O> {
     /// Looks at the head of a request: refuses it, or says how its body is divided.
-    fn admit(&self, headers: &HeaderMap) -> Result<Division, Answer> {
+    fn admit(&self, headers: &HeaderMap) -> Result<Division, Box<Answer>> {
         if !self.is_authorized(headers) {
             let text = "expected `Authorization: Bearer` with this server's token";
             let refused = Answer::refused(StatusCode::UNAUTHORIZED, text);
-            return Err(refused.with_header(WWW_AUTHENTICATE, "Bearer"));
+            return Err(Box::new(refused.with_header(WWW_AUTHENTICATE, "Bearer")));
         }
         let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
         if text(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
             let text = "expected a body without content-encoding";
-            return Err(Answer::refused(StatusCode::UNSUPPORTED_MEDIA_TYPE, text));
+            return Err(Box::new(Answer::refused(StatusCode::UNSUPPORTED_MEDIA_TYPE, text)));
         }
         let length = text(CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
         if length.is_some_and(|length| length > self.config.max_body_bytes) {
-            return Err(self.too_large());
+            return Err(Box::new(self.too_large()));
         }
         let media_type = text(CONTENT_TYPE).and_then(|full| full.split(';').next());
         let media_type = media_type.unwrap_or_default().trim().to_ascii_lowercase();
@@ -226,13 +229,14 @@ impl<J: Queue<Job>, O: Queue<Settled>> Shared<J, O> {
                     if !in_flight.is_empty() => return answer.full(self.config.full_timeout),
             }
         }
-        if thread.await.is_err() {
-            let text = "reading the body broke off";
-            return answer.turned_away(StatusCode::INTERNAL_SERVER_ERROR, text);
-        }
-        match pumped {
-            Some(Err(refusal)) => answer.cut(refusal, self),
-            _ => answer.done(),
+        match (thread.await, pumped) {
+            (Err(panic), _) => {
+                tracing::error!(error = %panic, "reading a body broke off");
+                let text = "reading the body broke off";
+                answer.turned_away(StatusCode::INTERNAL_SERVER_ERROR, text)
+            }
+            (Ok(()), Some(Err(refusal))) => answer.cut(refusal, self),
+            (Ok(()), _) => answer.done(),
         }
     }
 }

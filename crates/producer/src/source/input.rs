@@ -31,7 +31,7 @@ impl Division {
     pub(super) fn patience(self) -> u32 {
         match self {
             Self::Lines => u32::MAX,
-            Self::Values => 64,
+            Self::Values => 16,
         }
     }
 }

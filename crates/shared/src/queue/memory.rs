@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::{Delivery, Message, Queue, QueueError};
+use super::{Delivery, Message, Publishing, Queue, QueueError};
 
 /// Dead letters kept for inspection; the oldest go first. Few, since a message may be megabytes.
 const MAX_DEAD_LETTERS: usize = 16;
@@ -164,26 +164,19 @@ impl<T: Message> Queue<T> for MemoryQueue<T> {
     type Delivery = MemoryDelivery<T>;
 
     async fn publish(&self, message: T) -> Result<(), QueueError> {
-        let message_id = message.message_id();
         loop {
             let mut room = pin!(self.inner.settled.notified());
             // Registered before the look, so that room made in between isn't missed.
             room.as_mut().enable();
-            {
-                let mut state = self.inner.lock();
-                if state.ids.contains(&message_id) {
-                    return Ok(());
-                }
-                if state.ids.len() < self.inner.capacity {
-                    state.ids.insert(message_id.clone());
-                    state.ready.push_back(Entry { message, message_id, attempts: 0 });
-                    break;
-                }
+            if self.store(&message) == Publishing::Stored {
+                return Ok(());
             }
             room.await;
         }
-        self.inner.arrived.notify_waiters();
-        Ok(())
+    }
+
+    async fn try_publish(&self, message: T) -> Result<Publishing, QueueError> {
+        Ok(self.store(&message))
     }
 
     async fn pull(&self, max: usize, wait: Duration) -> Result<Vec<Self::Delivery>, QueueError> {
@@ -212,6 +205,25 @@ impl<T: Message> Queue<T> for MemoryQueue<T> {
 }
 
 impl<T: Message> MemoryQueue<T> {
+    /// Stores a copy of `message`, if there is room and it isn't held already.
+    fn store(&self, message: &T) -> Publishing {
+        let message_id = message.message_id();
+        {
+            let mut state = self.inner.lock();
+            if state.ids.contains(&message_id) {
+                return Publishing::Stored;
+            }
+            if state.ids.len() >= self.inner.capacity {
+                return Publishing::Full;
+            }
+            state.ids.insert(message_id.clone());
+            let message = message.clone();
+            state.ready.push_back(Entry { message, message_id, attempts: 0 });
+        }
+        self.inner.arrived.notify_waiters();
+        Publishing::Stored
+    }
+
     fn deliver(&self, state: &mut State<T>, mut entry: Entry<T>) -> MemoryDelivery<T> {
         entry.attempts += 1;
         let number = state.number();

@@ -173,3 +173,71 @@ proptest! {
         prop_assert!(elements.len() <= text.len() + 1);
     }
 }
+
+/// Scans values that have no array round them.
+fn scan_bare(text: &str, chunk: usize) -> Elements {
+    let mut scanner = ArrayScanner::bare(Slow(text.as_bytes(), chunk), 1, 1000);
+    let mut elements = Vec::new();
+    while let Some(record) = scanner.next().unwrap() {
+        let content = record.content.map(|bytes| String::from_utf8(bytes.to_vec()).unwrap());
+        elements.push((record.line, content));
+    }
+    elements
+}
+
+#[test]
+fn bare_values_end_with_their_bracket_or_their_line() {
+    let text = "{\"a\":\n 1} {\"b\": \"}\"}{}\n7, 8\n]\n,\n\"x\" \r\n{\"c\": [{}]} tail\n{}";
+    let expected = [
+        (1, "{\"a\":\n 1}"),
+        (2, "{\"b\": \"}\"}"),
+        (2, "{}"),
+        (3, "7, 8"),
+        (4, "]"),
+        (5, ","),
+        (6, "\"x\""),
+        (7, "{\"c\": [{}]}"),
+        (7, "tail"),
+        (8, "{}"),
+    ];
+    let expected = expected.map(|(line, content)| (line, Ok(content.to_owned())));
+    for chunk in [1, 2, 7, 1000] {
+        assert_eq!(scan_bare(text, chunk), expected, "{chunk}");
+    }
+    assert!(scan_bare(" \n\n", 1).is_empty());
+}
+
+#[test]
+fn a_bare_object_without_an_end_leaves_the_lines_after_it() {
+    for broken in ["{\"a\": [}", "{\"a\": \"x", "{\"a\": {"] {
+        let text = format!("{{}}\n{broken}\n{{}}\n{{}}");
+        for chunk in [1, 7, 1000] {
+            let elements = scan_bare(&text, chunk);
+            let outline: Vec<_> = elements.iter().map(|(line, e)| (*line, e.is_ok())).collect();
+            assert_eq!(outline, [(1, true), (2, false), (3, true), (4, true)], "{broken} {chunk}");
+        }
+    }
+}
+
+#[test]
+fn a_value_is_ready_once_its_end_was_read() {
+    let cases = [
+        (true, "{\"a\": 1}", true),
+        (true, "{\"a\": 1", false),
+        (true, "7", false),
+        (true, "7\n", true),
+        (true, " \n", false),
+        (false, ", {\"a\": 1},", true),
+        (false, ", {\"a\": 1}", false),
+        (false, ", {\"a\": 1", false),
+        (false, "]", true),
+    ];
+    for (bare, rest, ready) in cases {
+        let text = format!("{{}}{}{rest}", if bare { "\n" } else { "," });
+        let reader = Slow(text.as_bytes(), 1000);
+        let mut scanner = ArrayScanner { bare, ..ArrayScanner::new(reader, 1, 1000) };
+        assert!(!scanner.is_ready());
+        assert!(scanner.next().unwrap().is_some());
+        assert_eq!(scanner.is_ready(), ready, "{bare} {rest}");
+    }
+}
