@@ -10,7 +10,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-QUERIES=${QUERIES:-400}
+# Enough to keep the workers busy while things happen to them.
+QUERIES=${QUERIES:-3000}
 project=flotilla-test-$$
 work=$(mktemp -d)
 : >"$work/env"
@@ -181,7 +182,7 @@ more() {
 
 faults() {
     local first added
-    await_lines 120 "$results/more.jsonl" 40
+    await_lines 120 "$results/more.jsonl" $((QUERIES / 10))
     first=$(containers gpu-worker | tail -n 1)
     docker kill "$first" >/dev/null
     say "killed a worker at $(wc -l <"$results/more.jsonl") lines"
@@ -202,17 +203,20 @@ faults() {
 }
 
 check() {
-    local queued
+    local queued again
     queued=$(docker exec "$(containers collector)" flotilla status --json) || die "flotilla status"
     printf '%s\n' "$queued" >"$work/status.json"
     compose stop --timeout 45 collector gpu-worker producer >/dev/null 2>&1
     for ((i = 0; i < QUERIES; i++)); do echo "more-$i"; done | sort >"$work/expected"
     answered "$results/more.jsonl" | diff "$work/expected" - >"$work/diff" || { head "$work/diff"; die "expected each id once in more.jsonl"; }
+    # Otherwise nobody held a job when the worker died, and nothing was shown.
+    again=$(grep -cvE '"attempts":1[,}]' "$results/more.jsonl" || true)
+    [ "$again" -gt 0 ] || die "expected jobs of the killed worker to be delivered again"
     [ "$(wc -l <"$results/more.jsonl")" = "$QUERIES" ] || die "more.jsonl has lines that are no answers"
     [ "$(answered "$results/examples.jsonl" | uniq | wc -l) $(wc -l <"$results/examples.jsonl")" = "17 17" ] ||
         die "expected 17 answers in examples.jsonl, found $(wc -l <"$results/examples.jsonl") lines"
     [ "$(stat -c %u "$results/more.jsonl")" = 1000 ] || die "expected the results to belong to user 1000"
-    say "each of $((QUERIES + 17)) ids has exactly one line"
+    say "each of $((QUERIES + 17)) ids has exactly one line; $again jobs were delivered more than once"
 }
 
 # status on the opened NATS with URL $1; the rest are options of docker run.
