@@ -68,11 +68,11 @@ fn every_role_tells_its_metrics_and_its_health() {
     let collector = fleet.collect(any);
     collector.wait_for("written", 49);
     for (role, names) in [
-        (&producer, &["jobs_published_total 49", "queue_up 1", "dead_letters"][..]),
+        (&producer, &["jobs_published_total 49", "queue_up 1", "queue_jobs_waiting{"][..]),
         (
             &worker,
             &[
-                "num_requests_running{model_name=\"flotilla-reader\"} 0",
+                "num_requests_running{model_name=\"flotilla-reader\",engine=\"0\"} 0",
                 "request_success_total{",
                 "e2e_request_latency_seconds_bucket{",
                 "generation_tokens_total{",

@@ -3,6 +3,7 @@
 use std::sync::Mutex;
 use std::time::Duration;
 
+use async_nats::jetstream;
 use flotilla_tests::NatsServer;
 use futures_util::TryStreamExt;
 use shared::queue::conformance::{self, Harness, job};
@@ -11,6 +12,8 @@ use shared::{Delivery, Job, Queue, RunId};
 
 mod access;
 mod faults;
+mod nkeys;
+mod rate;
 mod records;
 
 /// Short, so that waiting for it to run out is quick; long enough for a busy machine.
@@ -31,6 +34,11 @@ async fn fleet(server: &NatsServer) -> Fleet {
 async fn small_fleet(server: &NatsServer, max_jobs: i64) -> Fleet {
     let limits = Limits { max_jobs: Some(max_jobs), ..Limits::default() };
     Fleet::connect_with(&config(server.url()), limits).await.unwrap().with_lease(LEASE)
+}
+
+/// A client of its own, as anybody might have.
+async fn outsider(server: &NatsServer) -> jetstream::Context {
+    jetstream::new(async_nats::connect(server.url()).await.unwrap())
 }
 
 async fn pull_one<Q: Queue<Job>>(queue: &Q) -> Q::Delivery {

@@ -16,26 +16,35 @@ pub(crate) const TIMEOUT: Duration = Duration::from_secs(5);
 /// Time over which a rate is taken.
 const RATE_WINDOW: Duration = Duration::from_secs(30);
 
-/// Says something with `say` now and every [`INTERVAL`], until `stop`, then a last time.
-pub(crate) async fn beat<E, F>(stop: CancellationToken, mut say: impl FnMut() -> F)
+/// Says something with `say` now and every [`INTERVAL`], until `stop`, then a last time: once, or
+/// `tries` times until it was heard.
+pub(crate) async fn beat<E, F>(stop: CancellationToken, tries: u32, mut say: impl FnMut() -> F)
 where
     F: Future<Output = Result<(), E>>,
     E: std::fmt::Display,
 {
     let mut ticks = tokio::time::interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    loop {
+    let mut tries_left = tries;
+    while tries_left > 0 {
         let stopped = tokio::select! {
-            _ = ticks.tick() => false,
-            () = stop.cancelled() => true,
+            // The last words don't wait for their turn, but their repetitions do.
+            () = stop.cancelled(), if tries_left == tries => true,
+            _ = ticks.tick() => stop.is_cancelled(),
         };
-        match tokio::time::timeout(TIMEOUT, say()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!(%error, "cannot tell the status"),
-            Err(_elapsed) => tracing::debug!("cannot tell the status in time"),
-        }
+        let was_heard = match tokio::time::timeout(TIMEOUT, say()).await {
+            Ok(Ok(())) => true,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "cannot tell the status");
+                false
+            }
+            Err(_elapsed) => {
+                tracing::debug!("cannot tell the status in time");
+                false
+            }
+        };
         if stopped {
-            return;
+            tries_left = if was_heard { 0 } else { tries_left - 1 };
         }
     }
 }

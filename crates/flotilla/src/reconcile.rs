@@ -17,6 +17,7 @@ use futures_util::StreamExt;
 use producer::{BadInput, JobTemplate, Publisher, Retriever};
 use serde::Deserialize;
 use shared::queue::nats::{Fleet, NatsQueue};
+use shared::status::{Role, RunStatus, unix_now};
 use shared::{IdDigest, Job, JobId, Message, Publishing, Queue, QueueError, RunId};
 
 use crate::cli::fleet::ReconcileOptions;
@@ -48,15 +49,30 @@ async fn reconcile(
     // The output last: what leaves the queues is in it.
     let mut known = dead(&fleet, &template.run).await?;
     let num_dead = known.len();
-    read_output(&options.output_file, &mut known)?;
-    let num_lines = known.len() - num_dead;
+    let num_lines = read_output(&options.output_file, &mut known)?;
     let skip = move |id: &JobId| known.contains(&id.digest());
     let contexts = producer::contexts(&options.source, retriever, skip)?;
     let again = Again { fleet: fleet.clone(), model: options.model.model.clone() };
+    let run = template.run.clone();
     let publisher = Publisher::new(template, (again, fleet.outcomes(None)));
     let mut rejects = Rejects::shown();
     let mut report = |bad: &BadInput| rejects.add(bad);
     let published = producer::publish(contexts, &publisher, &interruption, &mut report).await?;
+    if !interruption.is_cancelled() {
+        let status = RunStatus {
+            run,
+            role: Role::Producer,
+            model: Some(options.model.model.clone()),
+            published: num_lines + published.lines(),
+            total: Some(num_lines + published.lines()),
+            finished: true,
+            seen_at: unix_now(),
+            started_at: unix_now(),
+            ..RunStatus::default()
+        };
+        // What the producer said is lost with the rest, and a collector may wait for it.
+        fleet.put_run(&status).await.context("cannot tell that the run is published")?;
+    }
     let text = format!(
         "{} jobs published again, {} failed; {num_lines} have their line, {num_dead} are dead \
          letters\n",
@@ -113,27 +129,29 @@ struct Identified {
 
 /// Adds the ids of the output's lines. Its collector may be writing: a last line without its end is
 /// none yet.
-fn read_output(path: &Path, ids: &mut HashSet<IdDigest>) -> anyhow::Result<()> {
+/// How many there are.
+pub(crate) fn read_output(path: &Path, ids: &mut HashSet<IdDigest>) -> anyhow::Result<u64> {
     let file = match File::open(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
         opened => opened.with_context(|| format!("cannot read {}", path.display()))?,
     };
     let mut reader = BufReader::with_capacity(1 << 20, file);
     let mut line = Vec::new();
-    for number in 1_u64.. {
+    let mut num_lines = 0;
+    loop {
         line.clear();
         reader
             .read_until(b'\n', &mut line)
             .with_context(|| format!("cannot read {}", path.display()))?;
         if line.last() != Some(&b'\n') {
-            break;
+            return Ok(num_lines);
         }
+        num_lines += 1;
         let Identified { id } = serde_json::from_slice(&line).with_context(|| {
-            format!("{}:{number}: expected a line of flotilla's results", path.display())
+            format!("{}:{num_lines}: expected a line of flotilla's results", path.display())
         })?;
         ids.insert(id.digest());
     }
-    Ok(())
 }
 
 /// The jobs queue for what may have been there before: the server would drop it as a repeat.

@@ -108,7 +108,7 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
     ) -> Result<bool, QueueError> {
         let (started, attempt) = (Instant::now(), delivery.attempt());
         if let Place::Aside(Treatment::PassOn) = place {
-            let doublings = (attempt - 1).min(MAX_DOUBLINGS);
+            let doublings = attempt.saturating_sub(1).min(MAX_DOUBLINGS);
             return self.give_back(delivery, NEWER_VERSION_DELAY * (1 << doublings)).await;
         }
         let mut lease = Lease::new(&delivery);
@@ -152,7 +152,7 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
         let attempt = delivery.attempt();
         place.wait().await;
         if let Place::Aside(_) = place {
-            let times = attempt - 1;
+            let times = attempt.saturating_sub(1);
             let reason = format!(
                 "given up unanswered: its worker was gone at the end of each of {times} deliveries, \
                  of the last {} with no other job in it",

@@ -56,3 +56,24 @@ impl Dedup for MemoryDedup {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::conformance::{self, Harness};
+    use super::*;
+
+    struct Memory;
+
+    impl Harness for Memory {
+        type Dedup = MemoryDedup;
+
+        async fn client(&self, _run: &str) -> MemoryDedup {
+            MemoryDedup::default()
+        }
+    }
+
+    #[tokio::test]
+    async fn memory_index_passes_the_conformance_suite() {
+        conformance::run_all(&Memory).await;
+    }
+}

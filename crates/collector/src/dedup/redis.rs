@@ -290,7 +290,12 @@ impl Server {
             }
         };
         waiting.over();
-        for (setting, value) in asked.unwrap_or_default() {
+        let settings = match asked {
+            // Not even asking is allowed before a password was given.
+            Err(error) if error.code() == Some("NOAUTH") => return Err(refused(error)),
+            asked => asked.unwrap_or_default(),
+        };
+        for (setting, value) in settings {
             match (setting.as_str(), value.as_str()) {
                 ("maxmemory-policy", "noeviction") | ("appendonly", "yes") => {}
                 ("maxmemory-policy", _) => tracing::warn!(

@@ -136,3 +136,29 @@ impl Dedup for ServerDedup {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::super::conformance::{self, Harness};
+    use super::*;
+
+    #[derive(Default)]
+    struct Servers(Mutex<BTreeMap<String, IndexServer>>);
+
+    impl Harness for Servers {
+        type Dedup = ServerDedup;
+
+        async fn client(&self, run: &str) -> ServerDedup {
+            self.0.lock().unwrap().entry(run.to_owned()).or_default().client()
+        }
+    }
+
+    #[tokio::test]
+    async fn index_server_passes_the_conformance_suite() {
+        let servers = Servers::default();
+        conformance::run_all(&servers).await;
+        conformance::run_shared(&servers).await;
+    }
+}

@@ -41,7 +41,7 @@ pub(super) async fn serve(
                 }
             }
         };
-        if let Err(error) = request.reply(&reply).await {
+        if let Err(error) = request.answer(&reply).await {
             tracing::debug!(%error, "whoever asked is gone");
         }
     }

@@ -54,9 +54,9 @@ async fn look(fleet: &Fleet) -> Result<Queues, FleetError> {
     }
     for consumer in fleet.consumers().await? {
         let labels = || vec![("model_name", consumer.model.clone())];
-        queues.waiting.push((labels(), consumer.pending));
-        queues.in_flight.push((labels(), consumer.in_flight));
-        queues.redelivered.push((labels(), consumer.redelivered));
+        queues.waiting.push((labels(), consumer.num_pending));
+        queues.in_flight.push((labels(), consumer.num_in_flight));
+        queues.redelivered.push((labels(), consumer.num_redelivered));
     }
     Ok(queues)
 }

@@ -37,7 +37,7 @@ pub(super) async fn say(
     over: CancellationToken,
 ) {
     let (mut answers, mut tokens) = (Rate::default(), Rate::default());
-    let beating = heartbeat::beat(over, || {
+    let beating = heartbeat::beat(over, 1, || {
         let status = status(&identity, &stats, (&mut answers, &mut tokens));
         let fleet = fleet.clone();
         async move { fleet.put_worker(&status).await }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use shared::queue::Publishing;
 use shared::queue::memory::MemoryDelivery;
 use shared::{MemoryQueue, Message, Outcome, Queue, QueueError, Settled};
 
@@ -34,11 +35,11 @@ impl<T: Message> FaultyQueue<T> {
 }
 
 /// A message of which the size matters.
-pub(crate) trait Sized {
+pub(crate) trait Measured {
     fn num_bytes(&self) -> usize;
 }
 
-impl Sized for Settled {
+impl Measured for Settled {
     fn num_bytes(&self) -> usize {
         let text = match &self.outcome {
             Outcome::Completed(completed) => completed.answer.len(),
@@ -48,13 +49,13 @@ impl Sized for Settled {
     }
 }
 
-impl Sized for shared::Job {
+impl Measured for shared::Job {
     fn num_bytes(&self) -> usize {
         0
     }
 }
 
-impl<T: Message + Sized> Queue<T> for FaultyQueue<T> {
+impl<T: Message + Measured> Queue<T> for FaultyQueue<T> {
     type Delivery = MemoryDelivery<T>;
 
     async fn publish(&self, message: T) -> Result<(), QueueError> {
@@ -65,6 +66,10 @@ impl<T: Message + Sized> Queue<T> for FaultyQueue<T> {
             return Err(QueueError::TooLarge { message_id, bytes, limit: LIMIT });
         }
         self.inner.publish(message).await
+    }
+
+    async fn try_publish(&self, message: T) -> Result<Publishing, QueueError> {
+        self.publish(message).await.map(|()| Publishing::Stored)
     }
 
     async fn pull(&self, max: usize, wait: Duration) -> Result<Vec<Self::Delivery>, QueueError> {

@@ -91,6 +91,11 @@ impl Connection {
         soon(self.0.write_all(bytes.as_ref())).await.unwrap();
     }
 
+    /// Waits until the server says something.
+    pub(crate) async fn until_answered(&self) {
+        self.0.readable().await.unwrap();
+    }
+
     /// Whatever comes until the server closes the connection.
     pub(crate) async fn rest(mut self) -> Vec<u8> {
         let mut bytes = Vec::new();

@@ -6,9 +6,9 @@ use flotilla_producer::ListenConfig;
 
 use crate::client::{Listening, chunk, config, head};
 use crate::gate::Gate;
-use crate::good_line;
+use crate::{good_line, soon};
 
-const READ_TIMEOUT: Duration = Duration::from_millis(200);
+const READ_TIMEOUT: Duration = Duration::from_secs(1);
 
 async fn impatient() -> Listening {
     let config = ListenConfig { read_timeout: READ_TIMEOUT, ..config() };
@@ -43,11 +43,17 @@ async fn a_client_that_sends_a_byte_at_a_time_may_not_do_so_for_ever() {
     let listening = impatient().await;
     let mut connection = listening.connect().await;
     connection.send(head("Transfer-Encoding: chunked\r\n")).await;
-    let mut interval = tokio::time::interval(READ_TIMEOUT / 4);
-    for _ in 0..4 {
-        interval.tick().await;
-        connection.send(chunk(" ")).await;
-    }
+    let mut interval = tokio::time::interval(READ_TIMEOUT / 5);
+    // Each of them in time, all together not.
+    let dripping = async {
+        loop {
+            tokio::select! {
+                () = connection.until_answered() => break,
+                _ = interval.tick() => connection.send(chunk(" ")).await,
+            }
+        }
+    };
+    soon(dripping).await;
     assert_eq!(connection.answer().await.counts().0, 408);
 }
 

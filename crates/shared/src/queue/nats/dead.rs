@@ -102,6 +102,12 @@ impl Fleet {
         match self.shared.api::<serde_json::Value>(path, &body).await {
             Ok(_) => Ok(()),
             Err(error) if error.code() == Some(code::NO_MESSAGE) => Ok(()),
+            Err(error)
+                if error.code() == Some(code::NOT_DELETED)
+                    && error.to_string().contains("no message found") =>
+            {
+                Ok(())
+            }
             Err(error) => Err(FleetError::server(format!("delete dead letter {sequence}"), error)),
         }
     }

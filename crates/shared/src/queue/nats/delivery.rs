@@ -142,7 +142,7 @@ impl Received {
                 Ok(_) => return true,
                 Err(error) if error.kind() == RequestErrorKind::NoResponders => absent += 1,
                 Err(error) => {
-                    tracing::debug!(%error, "a settlement is not confirmed; trying again")
+                    tracing::debug!(%error, "a settlement is not confirmed; trying again");
                 }
             }
             if absent >= MAX_ABSENT {

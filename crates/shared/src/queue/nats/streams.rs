@@ -39,6 +39,8 @@ pub(super) mod code {
     pub(in super::super) const CONSUMER_NOT_FOUND: u64 = 10014;
     /// No such message.
     pub(in super::super) const NO_MESSAGE: u64 = 10037;
+    /// A message could not be deleted: it is gone, or something is wrong.
+    pub(in super::super) const NOT_DELETED: u64 = 10057;
     /// Somebody else has created it meanwhile.
     pub(in super::super) const NAME_IN_USE: u64 = 10058;
     /// No such stream.
