@@ -17,7 +17,7 @@ COPY crates crates
 COPY tests/Cargo.toml tests/
 RUN find crates -type f ! -name Cargo.toml ! -path '*/src/lib.rs' ! -path '*/src/main.rs' ! -path '*/benches/*.rs' -delete \
     && find crates -name '*.rs' -exec sh -c 'for file; do echo "fn main() { }" >"$file"; done' sh {} + \
-    && mkdir tests/src && touch tests/src/lib.rs
+    && mkdir -p tests/src && touch tests/src/lib.rs
 
 FROM ${BUILDER_IMAGE} AS builder
 ARG FEATURES=""
