@@ -174,6 +174,7 @@ impl<E: Serving, J: Queue<Job>, O: Queue<Settled>> Puller<'_, E, J, O> {
                 // The jobs notice it themselves and go back; those that have their outcome publish it.
                 Stop::EngineDown => {
                     tokio::select! {
+                        biased;
                         () = self.shutdown.cancelled() => {}
                         () = server.broken.token.cancelled() => return,
                     }

@@ -1,0 +1,216 @@
+//! The roles of a world, each supervised: what dies or ends is started again, until there is no more
+//! work. The workers and collectors are the product's own; the producer is a few lines of its way.
+
+use std::future::Future;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use collector::{Collector, Dedup, End, Error, MemoryDedup, Observer};
+use gpu_worker::{Config, Stats};
+use shared::queue::conformance;
+use shared::{Queue, Settled};
+use tokio::sync::{mpsc, watch};
+use tokio::time::sleep;
+
+use crate::engine::SimBackend;
+use crate::process::{Process, Role};
+use crate::queue::SimQueue;
+use crate::storage::{SimDedup, SimLog};
+use crate::world::{Fault, World};
+
+/// Runs the processes of a role, one after another, until one ends after it was told that there is no
+/// more work. `start` gives what went wrong, if that is no wonder.
+async fn supervise<F: Future<Output = Result<(), String>>>(
+    world: &World,
+    (name, role): (String, Role),
+    start: impl Fn(Process) -> F,
+) {
+    for number in 0_u64.. {
+        let process = world.start_process(format!("{name}.{number}"), role);
+        let ended = {
+            let mut running = pin!(start(process.clone()));
+            tokio::select! {
+                biased;
+                () = process.dead().cancelled() => {
+                    // Before the role is dropped, and with it the lock on the output.
+                    crash_disk(world, &process);
+                    None
+                }
+                ended = &mut running => Some(ended),
+            }
+        };
+        world.forget_process(&process);
+        if let Some(ended) = ended {
+            world.note(|| format!("{} ends: {ended:?}", process.name()));
+            if process.shutdown().is_cancelled() && is_over(world, role) {
+                return;
+            }
+        }
+        sleep(world.chance.millis(50, 4_000)).await;
+    }
+}
+
+fn is_over(world: &World, role: Role) -> bool {
+    match role {
+        Role::Collector => world.collectors_over.is_cancelled(),
+        Role::Worker => world.workers_over.is_cancelled(),
+        Role::Producer => true,
+    }
+}
+
+/// What a process that had the output open leaves of it: all of it, or some of what wasn't synced.
+fn crash_disk(world: &World, process: &Process) {
+    if !process.has_disk() {
+        return;
+    }
+    world.disk.crash(|unsynced| {
+        let is_torn = unsynced > 0 && world.chance.one_in(2);
+        if !is_torn {
+            return unsynced;
+        }
+        world.count(Fault::TornTail);
+        let kept = world.chance.index(unsynced + 1);
+        world.note(|| format!("the disk keeps {kept} of {unsynced} bytes"));
+        kept
+    });
+}
+
+/// Publishes all jobs, and again from the start when it was killed.
+pub(crate) async fn produce(world: World) {
+    for _run in 0..=world.plan.num_reruns {
+        let role = ("producer".to_owned(), Role::Producer);
+        let start = |process: Process| {
+            let queue = SimQueue { world: world.clone(), process };
+            async move { produce_once(&queue).await }
+        };
+        loop {
+            let process = world.start_process(role.0.clone(), role.1);
+            let ended = {
+                let mut running = pin!(start(process.clone()));
+                tokio::select! {
+                    biased;
+                    () = process.dead().cancelled() => None,
+                    ended = &mut running => Some(ended),
+                }
+            };
+            world.forget_process(&process);
+            sleep(world.chance.millis(50, 4_000)).await;
+            if let Some(Ok(())) = ended {
+                break;
+            }
+        }
+    }
+    world.all_published.store(true, Ordering::Relaxed);
+}
+
+async fn produce_once(queue: &SimQueue) -> Result<(), String> {
+    let world = &queue.world;
+    for number in 0..world.plan.jobs.len() {
+        world.pass(1_000).await;
+        let published = queue.publish(conformance::job(&crate::world::Shared::id(number))).await;
+        published.map_err(|error| error.to_string())?;
+    }
+    Ok(())
+}
+
+/// A worker's place: it joins some time, and there is always one in it again.
+pub(crate) async fn work(world: World, rank: u32) {
+    if rank > 0 {
+        sleep(world.chance.millis(0, 20_000)).await;
+    }
+    supervise(&world, (format!("worker-{rank}"), Role::Worker), |process| {
+        work_once(world.clone(), process, rank)
+    })
+    .await;
+}
+
+async fn work_once(world: World, process: Process, rank: u32) -> Result<(), String> {
+    let config = Config {
+        rank,
+        name: process.name().to_owned(),
+        max_attempts: world.plan.max_attempts,
+        drain_timeout: world.plan.drain_timeout,
+    };
+    let backend = SimBackend { world: world.clone(), process: process.clone() };
+    let queue = SimQueue { world: world.clone(), process: process.clone() };
+    let control = (Arc::new(Stats::default()), process.shutdown().clone());
+    let ran = gpu_worker::run(config, backend, (queue.clone(), queue), control, |_model| ()).await;
+    if let Err(gpu_worker::Error::Load(_) | gpu_worker::Error::Thread(_)) = &ran {
+        world.violation(format!("{} ends for no reason: {ran:?}", process.name()));
+    }
+    if ran.is_ok() && !process.shutdown().is_cancelled() {
+        world.violation(format!("{} ends although nobody asked it to", process.name()));
+    }
+    ran.map_err(|error| error.to_string())
+}
+
+/// A collector's place.
+pub(crate) async fn collect(world: World, number: u64) {
+    supervise(&world, (format!("collector-{number}"), Role::Collector), |process| {
+        collect_once(world.clone(), process)
+    })
+    .await;
+}
+
+async fn collect_once(world: World, process: Process) -> Result<(), String> {
+    let waiting = Arc::clone(&world.lock).lock_owned();
+    let _lock = tokio::select! {
+        biased;
+        lock = waiting => lock,
+        () = process.shutdown().cancelled(), if !world.collectors_over.is_cancelled() => return Ok(()),
+    };
+    world.gate(&process).await;
+    process.set_has_disk(true);
+    let collected = if world.plan.has_index_server {
+        serve(&world, &process, world.index.client()).await
+    } else {
+        serve(&world, &process, MemoryDedup::default()).await
+    };
+    match &collected {
+        Ok(()) if process.shutdown().is_cancelled() => {}
+        Err(Error::Queue(_)) => {}
+        // The disk may have dropped what it could not sync.
+        Err(Error::Io { .. }) => crash_disk(&world, &process),
+        ended => {
+            world.violation(format!("{} ends for no reason: {ended:?}", process.name()));
+        }
+    }
+    collected.map_err(|error| error.to_string())
+}
+
+async fn serve<D: Dedup + Sync>(world: &World, process: &Process, index: D) -> Result<(), Error> {
+    let log = SimLog { world: world.clone(), process: process.clone(), inner: world.disk.open() };
+    let is_remote = world.plan.has_index_server;
+    let dedup =
+        SimDedup { world: world.clone(), process: process.clone(), inner: index, is_remote };
+    let mut collector = Collector::open(log, dedup).await?;
+    let queue = SimQueue { world: world.clone(), process: process.clone() };
+    let (tell, end) = watch::channel(End::Open);
+    let (_nobody, controls) = mpsc::channel(1);
+    let mut lines = Lines { world: world.clone() };
+    let told = async {
+        process.shutdown().cancelled().await;
+        let is_over = world.collectors_over.is_cancelled();
+        tell.send_replace(if is_over { End::WhenDrained } else { End::Now });
+        std::future::pending().await
+    };
+    tokio::select! {
+        biased;
+        ran = collector::run(&queue, &mut collector, end, controls, &mut lines) => ran,
+        () = told => Ok(()),
+    }
+}
+
+/// Notes the lines that are written.
+struct Lines {
+    world: World,
+}
+
+impl Observer for Lines {
+    fn written(&mut self, outcomes: &[Settled]) {
+        for outcome in outcomes {
+            self.world.note(|| format!("{} has its line", outcome.context.id));
+        }
+    }
+}
