@@ -34,7 +34,7 @@ impl Backend for SimBackend {
         }
         let now = Instant::now();
         let after = |one_in| world.strikes(one_in).then(|| now + world.chance.millis(500, 60_000));
-        let (dies_at, hangs_at) = (after(8), after(8));
+        let (dies_at, hangs_at) = (after(4), after(6));
         let hangs_until =
             hangs_at.map(|at| at + world.plan.lease * world.chance.between(1, 5) as u32);
         Ok(SimEngine {
@@ -119,14 +119,14 @@ impl SimEngine {
             Kind::CrashesEngine => {
                 world.count(Fault::EngineKilledByJob);
                 world.note(|| format!("{} takes the engine of {} down", job.id(), process.name()));
-                world.poison(process);
+                world.poison(process, &job.id().0);
                 self.down.cancel();
                 Err(Failure::Down { held: true })
             }
             Kind::Kills | Kind::KillsAtFirst(_) => {
                 world.count(Fault::KilledByJob);
                 world.note(|| format!("{} takes {} down", job.id(), process.name()));
-                world.poison(process);
+                world.poison(process, &job.id().0);
                 process.dead().cancel();
                 std::future::pending().await
             }

@@ -32,8 +32,8 @@ struct Fate {
     steps_left: Option<u64>,
     stopped_until: Instant,
     cut_until: Instant,
-    /// Jobs it has received and not settled, by their number in the stream.
-    held: Vec<u64>,
+    /// Jobs it has received and not settled: their number in the stream, and the id.
+    held: Vec<(u64, String)>,
     /// Whether it has the output open.
     has_disk: bool,
 }
@@ -112,19 +112,19 @@ impl Process {
         fate.cut_until = now;
     }
 
-    pub(crate) fn hold(&self, sequence: u64) {
-        self.fate().held.push(sequence);
+    pub(crate) fn hold(&self, sequence: u64, id: &str) {
+        self.fate().held.push((sequence, id.to_owned()));
     }
 
     pub(crate) fn let_go(&self, sequence: u64) {
         let held = &mut self.fate().held;
-        if let Some(at) = held.iter().position(|&one| one == sequence) {
+        if let Some(at) = held.iter().position(|(one, _)| *one == sequence) {
             held.swap_remove(at);
         }
     }
 
     /// The jobs it holds, each once.
-    pub(crate) fn held(&self) -> Vec<u64> {
+    pub(crate) fn held(&self) -> Vec<(u64, String)> {
         let mut held = self.fate().held.clone();
         held.sort_unstable();
         held.dedup();

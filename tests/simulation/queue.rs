@@ -5,7 +5,7 @@ use std::pin::pin;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
-use shared::{Delivery, Job, Message, Publishing, Queue, QueueError, Settled};
+use shared::{Delivery, Job, Message, Outcome, Publishing, Queue, QueueError, Settled};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
@@ -47,6 +47,8 @@ pub(crate) trait Carried: Message {
     fn channel(world: &World) -> &Channel<Self>;
     /// The job's id.
     fn job_id(&self) -> &str;
+    /// If it tells that a job failed: after how many deliveries, and why.
+    fn failure(&self) -> Option<(u32, &str)>;
     /// Whether deliveries of it are followed.
     const IS_JOB: bool;
 }
@@ -60,6 +62,10 @@ impl Carried for Job {
         &self.id().0
     }
 
+    fn failure(&self) -> Option<(u32, &str)> {
+        None
+    }
+
     const IS_JOB: bool = true;
 }
 
@@ -70,6 +76,13 @@ impl Carried for Settled {
 
     fn job_id(&self) -> &str {
         &self.context.id.0
+    }
+
+    fn failure(&self) -> Option<(u32, &str)> {
+        match &self.outcome {
+            Outcome::Failed(reason) => Some((self.attempts, reason)),
+            Outcome::Completed(_) => None,
+        }
     }
 
     const IS_JOB: bool = false;
@@ -175,6 +188,9 @@ impl<T: Carried> Queue<T> for SimQueue {
     type Delivery = SimDelivery<T>;
 
     async fn publish(&self, message: T) -> Result<(), QueueError> {
+        if let Some(failure) = message.failure() {
+            self.world.failed(&self.process, message.job_id(), failure);
+        }
         if !T::IS_JOB && self.world.plan.broken == Broken::OutcomesConfirmEarly {
             self.store_later(message);
             return Ok(());
@@ -275,7 +291,7 @@ impl<T: Carried> SimDelivery<T> {
             format!("{name} is sent {} of {id}, {sequence}, delivery {attempt}", kind::<T>())
         });
         if T::IS_JOB {
-            queue.process.hold(sequence);
+            queue.process.hold(sequence, message.job_id());
         }
         let alive_at = Mutex::new(Instant::now());
         Self { queue: queue.clone(), sequence, attempt, message, alive_at }
@@ -367,7 +383,7 @@ impl<T: Carried> Delivery<T> for SimDelivery<T> {
         if !T::IS_JOB {
             world.violation(format!("the outcome of {id} is rejected: {reason}"));
         }
-        world.rejected((id, self.sequence), self.attempt, &reason);
+        world.note(|| format!("{id} is rejected in delivery {}: {reason}", self.attempt));
         self.queue.reached().await;
         world.dead_letter(id);
         let sequence = self.sequence;

@@ -17,7 +17,7 @@ use crate::process::{Process, Role};
 use crate::queue::Channel;
 use crate::stream::Stream;
 
-/// Deliveries that end by bad luck, and not by a guilty neighbour, from which on a job may be given up:
+/// Deliveries that end by bad luck, and not by one guilty neighbour, from which on a job may be given up:
 /// those that it gets alone, but for the last.
 const MIN_BAD_LUCK: u32 = 3;
 
@@ -50,10 +50,12 @@ pub(crate) enum Fault {
     SyncSlow,
     ShortWrite,
     TornTail,
+    /// An innocent job had so much bad luck that it was given up.
+    InnocentGivenUp,
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 26] = [
+    pub(crate) const ALL: [Self; 27] = [
         Self::ProducerKilled,
         Self::WorkerKilled,
         Self::CollectorKilled,
@@ -80,6 +82,7 @@ impl Fault {
         Self::SyncSlow,
         Self::ShortWrite,
         Self::TornTail,
+        Self::InnocentGivenUp,
     ];
 }
 
@@ -127,11 +130,16 @@ pub(crate) struct Outages {
     pub(crate) index: Instant,
 }
 
+/// A guilty job: its number in the stream, and how often the broker forgot a delivery of it.
+type Guilty = (u64, u32);
+
 /// What was noticed.
 #[derive(Default)]
 pub(crate) struct Ledger {
-    /// Deliveries of jobs, by their number in the stream, that a guilty job ended.
-    poisoned: BTreeMap<u64, u32>,
+    /// How many deliveries of jobs were ended by which guilty ones.
+    poisoned: BTreeMap<u64, BTreeMap<Guilty, u32>>,
+    /// How often the broker forgot a delivery of a job: it is as if it came anew.
+    forgotten: BTreeMap<u64, u32>,
     /// Jobs that were in an engine when it died for no reason.
     struck: BTreeSet<u64>,
     /// How often jobs were started.
@@ -282,6 +290,7 @@ impl Shared {
         let mut ledger = self.ledger();
         for sequence in forgotten {
             ledger.poisoned.remove(&sequence);
+            *ledger.forgotten.entry(sequence).or_default() += 1;
         }
     }
 
@@ -305,10 +314,13 @@ impl Shared {
     }
 
     /// A job ends the deliveries of all that this process holds.
-    pub(crate) fn poison(&self, process: &Process) {
+    pub(crate) fn poison(&self, process: &Process, guilty: &str) {
         let mut ledger = self.ledger();
-        for sequence in process.held() {
-            *ledger.poisoned.entry(sequence).or_default() += 1;
+        let held = process.held();
+        let Some(&(guilty, _)) = held.iter().find(|(_, id)| id == guilty) else { return };
+        let guilty = (guilty, ledger.forgotten.get(&guilty).copied().unwrap_or_default());
+        for (sequence, _) in held {
+            *ledger.poisoned.entry(sequence).or_default().entry(guilty).or_default() += 1;
         }
     }
 
@@ -316,26 +328,33 @@ impl Shared {
     pub(crate) fn strike_engine(&self, process: &Process) {
         self.count(Fault::EngineDied);
         self.note(|| format!("the engine of {} dies", process.name()));
-        self.ledger().struck.extend(process.held());
+        self.ledger().struck.extend(process.held().into_iter().map(|(sequence, _)| sequence));
     }
 
-    /// A worker gives a job up.
-    pub(crate) fn rejected(&self, (id, sequence): (&str, u64), attempt: u32, reason: &str) {
-        self.note(|| format!("{id} is rejected in delivery {attempt}: {reason}"));
+    /// A worker tells that a job failed.
+    pub(crate) fn failed(&self, process: &Process, id: &str, (attempt, reason): (u32, &str)) {
         let Some((_, kind)) = self.kind(id) else {
-            return self.violation(format!("{id} was never published and is rejected"));
+            return self.violation(format!("{id} was never published and fails"));
         };
         if kind.fails() {
             return;
         }
+        let held = process.held().into_iter().find(|(_, held)| held == id);
+        let Some((sequence, _)) = held else {
+            return self.violation(format!("{} fails {id} and doesn't hold it", process.name()));
+        };
         let mut ledger = self.ledger();
         ledger.may_fail.insert(id.to_owned());
-        let poisoned = ledger.poisoned.get(&sequence).copied().unwrap_or_default();
-        let bad_luck = (attempt - 1).saturating_sub(poisoned);
+        *ledger.faults.entry(Fault::InnocentGivenUp).or_default() += 1;
+        // One guilty job may not do it. Where several are about, the others are bad luck.
+        let worst =
+            ledger.poisoned.get(&sequence).and_then(|guilty| guilty.values().max().copied());
+        let worst = worst.unwrap_or_default();
+        let bad_luck = (attempt - 1).saturating_sub(worst);
         if bad_luck < MIN_BAD_LUCK && !ledger.struck.contains(&sequence) {
             let text = format!(
-                "{id} is innocent ({kind:?}) and given up in delivery {attempt}, although guilty jobs ended \
-                 {poisoned} of its deliveries and bad luck only {bad_luck}: {reason}"
+                "{id} is innocent ({kind:?}) and given up in delivery {attempt}, although one guilty job ended \
+                 {worst} of its deliveries and bad luck only {bad_luck}: {reason}"
             );
             ledger.violations.push(text);
         }

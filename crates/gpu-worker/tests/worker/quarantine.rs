@@ -126,10 +126,8 @@ async fn a_job_that_waits_to_be_alone_loses_no_delivery_when_a_neighbour_takes_t
     queues.publish([("guilty", query::CRASH_LATER)]).await;
     let process = Process::start(MAX_ATTEMPTS, 8, queues.clone());
     let settled = queues.collect(2).await;
-    let attempts: Vec<(&str, u32)> = settled
-        .iter()
-        .map(|settled| (settled.context.id.0.as_str(), settled.attempts))
-        .collect();
+    let attempts: Vec<(&str, u32)> =
+        settled.iter().map(|settled| (settled.context.id.0.as_str(), settled.attempts)).collect();
     assert_eq!(attempts, [("guilty", MAX_ATTEMPTS), ("waiting", MAX_ATTEMPTS)]);
     assert!(process.script.shared.num_starts.load(Ordering::Relaxed) >= u64::from(MAX_ATTEMPTS));
     assert!(queues.jobs.is_empty());
