@@ -117,6 +117,12 @@ fn check(world: &World) {
             _ => violations.push(format!("{id} ({kind:?}) has {} lines", lines.len())),
         }
     }
+    if world.plan.is_peaceful {
+        let twice = ledger.starts.iter().filter(|(_, starts)| **starts > 1);
+        violations.extend(twice.map(|(number, starts)| {
+            format!("{} was computed {starts} times for no reason", Shared::id(*number))
+        }));
+    }
     violations.extend(lines.keys().map(|id| format!("{id} has a line and was never published")));
     drop(ledger);
     for violation in violations {

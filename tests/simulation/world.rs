@@ -143,7 +143,7 @@ pub(crate) struct Ledger {
     /// Jobs that were in an engine when it died for no reason.
     struck: BTreeSet<u64>,
     /// How often jobs were started.
-    starts: BTreeMap<usize, u32>,
+    pub(crate) starts: BTreeMap<usize, u32>,
     /// Innocent jobs with so much bad luck that they may fail.
     pub(crate) may_fail: BTreeSet<String>,
     /// Dead letters, by job.
@@ -164,7 +164,6 @@ impl World {
         Self(Arc::new(Shared {
             jobs: Channel::new(Stream::new(jobs.0, jobs.1, jobs.2, jobs.3)),
             outcomes: Channel::new(Stream::new(outcomes.0, outcomes.1, outcomes.2, outcomes.3)),
-            plan,
             chance,
             disk,
             lock: Arc::default(),
@@ -174,12 +173,13 @@ impl World {
             workers_over: CancellationToken::new(),
             collectors_over: CancellationToken::new(),
             started: now,
-            calm: AtomicBool::new(false),
+            calm: AtomicBool::new(plan.is_peaceful),
             trace: is_traced.then(Mutex::default),
             processes: Mutex::default(),
             outages: Mutex::new(Outages { broker: now, index: now }),
             copies: Mutex::new(vec![Snapshot::default()]),
             ledger: Mutex::default(),
+            plan,
         }))
     }
 
