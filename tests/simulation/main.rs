@@ -12,6 +12,10 @@
 //! What is not here: the wire and the servers themselves (`tests/servers`, `tests/fleet`), the file (the
 //! collector's own tests), threads, a broker that loses what it has confirmed (`flotilla reconcile` is for that).
 #![allow(clippy::expect_used, reason = "a failed step is a failed test")]
+#![allow(
+    clippy::print_stdout,
+    reason = "what a failing seed does is for whoever looks for the reason"
+)]
 
 mod chance;
 mod engine;

@@ -17,45 +17,44 @@ use crate::engine::SimBackend;
 use crate::process::{Process, Role};
 use crate::queue::SimQueue;
 use crate::storage::{SimDedup, SimLog};
-use crate::world::{Fault, World};
+use crate::world::{Fault, Shared, World};
+
+/// Runs a process until it ends, which gives how, or dies.
+async fn live<F: Future<Output = Result<(), String>>>(
+    world: &World,
+    process: &Process,
+    role: F,
+) -> Option<Result<(), String>> {
+    let mut role = pin!(role);
+    let ended = tokio::select! {
+        biased;
+        () = process.dead().cancelled() => {
+            // Before the role is dropped, and with it the lock on the output.
+            crash_disk(world, process);
+            None
+        }
+        ended = &mut role => Some(ended),
+    };
+    world.forget_process(process);
+    world.note(|| format!("{} is over: {ended:?}", process.name()));
+    ended
+}
 
 /// Runs the processes of a role, one after another, until one ends after it was told that there is no
-/// more work. `start` gives what went wrong, if that is no wonder.
+/// more work. `start` gives what made it end, if that is no wonder.
 async fn supervise<F: Future<Output = Result<(), String>>>(
     world: &World,
     (name, role): (String, Role),
     start: impl Fn(Process) -> F,
 ) {
+    let over = if role == Role::Collector { &world.collectors_over } else { &world.workers_over };
     for number in 0_u64.. {
         let process = world.start_process(format!("{name}.{number}"), role);
-        let ended = {
-            let mut running = pin!(start(process.clone()));
-            tokio::select! {
-                biased;
-                () = process.dead().cancelled() => {
-                    // Before the role is dropped, and with it the lock on the output.
-                    crash_disk(world, &process);
-                    None
-                }
-                ended = &mut running => Some(ended),
-            }
-        };
-        world.forget_process(&process);
-        if let Some(ended) = ended {
-            world.note(|| format!("{} ends: {ended:?}", process.name()));
-            if process.shutdown().is_cancelled() && is_over(world, role) {
-                return;
-            }
+        let ended = live(world, &process, start(process.clone())).await;
+        if ended.is_some() && over.is_cancelled() {
+            return;
         }
         sleep(world.chance.millis(50, 4_000)).await;
-    }
-}
-
-fn is_over(world: &World, role: Role) -> bool {
-    match role {
-        Role::Collector => world.collectors_over.is_cancelled(),
-        Role::Worker => world.workers_over.is_cancelled(),
-        Role::Producer => true,
     }
 }
 
@@ -79,24 +78,12 @@ fn crash_disk(world: &World, process: &Process) {
 /// Publishes all jobs, and again from the start when it was killed.
 pub(crate) async fn produce(world: World) {
     for _run in 0..=world.plan.num_reruns {
-        let role = ("producer".to_owned(), Role::Producer);
-        let start = |process: Process| {
-            let queue = SimQueue { world: world.clone(), process };
-            async move { produce_once(&queue).await }
-        };
         loop {
-            let process = world.start_process(role.0.clone(), role.1);
-            let ended = {
-                let mut running = pin!(start(process.clone()));
-                tokio::select! {
-                    biased;
-                    () = process.dead().cancelled() => None,
-                    ended = &mut running => Some(ended),
-                }
-            };
-            world.forget_process(&process);
+            let process = world.start_process("producer".to_owned(), Role::Producer);
+            let queue = SimQueue { world: world.clone(), process: process.clone() };
+            let ended = live(&world, &process, produce_once(&queue)).await;
             sleep(world.chance.millis(50, 4_000)).await;
-            if let Some(Ok(())) = ended {
+            if ended == Some(Ok(())) {
                 break;
             }
         }
@@ -108,7 +95,7 @@ async fn produce_once(queue: &SimQueue) -> Result<(), String> {
     let world = &queue.world;
     for number in 0..world.plan.jobs.len() {
         world.pass(1_000).await;
-        let published = queue.publish(conformance::job(&crate::world::Shared::id(number))).await;
+        let published = queue.publish(conformance::job(&Shared::id(number))).await;
         published.map_err(|error| error.to_string())?;
     }
     Ok(())
@@ -193,7 +180,7 @@ async fn serve<D: Dedup + Sync>(world: &World, process: &Process, index: D) -> R
         process.shutdown().cancelled().await;
         let is_over = world.collectors_over.is_cancelled();
         tell.send_replace(if is_over { End::WhenDrained } else { End::Now });
-        std::future::pending().await
+        std::future::pending::<()>().await;
     };
     tokio::select! {
         biased;
