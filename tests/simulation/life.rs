@@ -48,6 +48,9 @@ async fn live_through(world: &World) {
     let mut collectors = JoinSet::new();
     others.spawn(roles::produce(world.clone()));
     others.spawn(storm::rage(world.clone()));
+    if world.plan.retries {
+        others.spawn(roles::retry(world.clone()));
+    }
     for rank in 0..world.plan.num_workers {
         workers.spawn(roles::work(world.clone(), rank as u32));
     }
@@ -71,7 +74,8 @@ async fn live_through(world: &World) {
 /// Waits until all is published, and nothing is queued.
 async fn drained(world: &World) {
     loop {
-        let all_published = world.all_published.load(Ordering::Relaxed);
+        let all_published = world.all_published.load(Ordering::Relaxed)
+            && !world.is_retrying.load(Ordering::Relaxed);
         if all_published && world.jobs.state().len() + world.outcomes.state().len() == 0 {
             return;
         }

@@ -80,6 +80,8 @@ pub(crate) struct Plan {
     pub(crate) storm: Duration,
     /// Longest time between two faults, in milliseconds.
     pub(crate) max_lull: u64,
+    /// Whether failed jobs are tried again once.
+    pub(crate) retries: bool,
     /// How often the producer is run after it is done.
     pub(crate) num_reruns: u64,
 }
@@ -106,6 +108,7 @@ impl Plan {
             is_peaceful,
             storm: chance.millis(2_000, 90_000),
             max_lull: chance.between(500, 12_000),
+            retries: !is_peaceful && chance.one_in(3),
             num_reruns: if is_peaceful { 0 } else { chance.between(0, 4) / 3 },
         }
     }

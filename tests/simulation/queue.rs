@@ -36,6 +36,11 @@ impl<T> Channel<T> {
         Self { stream: Mutex::new(stream), arrived: Notify::new() }
     }
 
+    /// Tells those who wait that there is a message.
+    pub(crate) fn has_arrived(&self) {
+        self.arrived.notify_waiters();
+    }
+
     pub(crate) fn state(&self) -> MutexGuard<'_, Stream<T>> {
         lock(&self.stream)
     }
@@ -136,6 +141,8 @@ impl SimQueue {
     async fn store<T: Carried>(&self, message: &T, waits: bool) -> Result<bool, QueueError> {
         let world = &self.world;
         let channel = T::channel(world);
+        // As with the real queue: a job published again is the same, each outcome is another.
+        let id = if T::IS_JOB { message.message_id() } else { world.fresh_id() };
         loop {
             self.reached().await;
             self.check()?;
@@ -143,7 +150,7 @@ impl SimQueue {
                 sleep(ANSWER_TIMEOUT).await;
                 continue;
             }
-            let stored = channel.state().store(Instant::now(), message.message_id(), message);
+            let stored = channel.state().store(Instant::now(), id.clone(), message);
             let sequence = match stored {
                 Storing::Held(sequence) => sequence,
                 Storing::Full if waits => {

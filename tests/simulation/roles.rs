@@ -5,19 +5,24 @@ use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use collector::{Collector, Dedup, End, Error, MemoryDedup, Observer};
+use collector::{Collector, Control, Dedup, End, Error, MemoryDedup, Observer, Probe};
 use gpu_worker::{Config, Stats};
 use shared::queue::conformance;
-use shared::{Queue, Settled};
-use tokio::sync::{mpsc, watch};
-use tokio::time::sleep;
+use shared::{JobId, Queue, Settled};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, timeout};
 
 use crate::engine::SimBackend;
 use crate::process::{Process, Role};
 use crate::queue::SimQueue;
 use crate::storage::{SimDedup, SimLog};
-use crate::world::{Fault, Shared, World};
+use crate::stream::Storing;
+use crate::world::{Fault, Shared, World, lock};
+
+/// How long the answer of a collector is waited for.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Runs a process until it ends, which gives how, or dies.
 async fn live<F: Future<Output = Result<(), String>>>(
@@ -156,6 +161,8 @@ async fn collect_once(world: World, process: Process) -> Result<(), String> {
     };
     match &collected {
         Ok(()) if process.shutdown().is_cancelled() => {}
+        // It is dead.
+        Err(Error::Stopped(_)) => std::future::pending().await,
         Err(Error::Queue(_)) => {}
         // The disk may have dropped what it could not sync.
         Err(Error::Io { .. }) => crash_disk(&world, &process),
@@ -174,7 +181,16 @@ async fn serve<D: Dedup + Sync>(world: &World, process: &Process, index: D) -> R
     let mut collector = Collector::open(log, dedup).await?;
     let queue = SimQueue { world: world.clone(), process: process.clone() };
     let (tell, end) = watch::channel(End::Open);
-    let (_nobody, controls) = mpsc::channel(1);
+    let (control, controls) = mpsc::channel(1);
+    *lock(&world.controls) = Some(control);
+    let (watched, probed) = (world.clone(), process.clone());
+    collector.set_probe(Probe::new(move |_step| {
+        let dies = probed.step_is_last();
+        if dies {
+            watched.kill(&probed);
+        }
+        dies
+    }));
     let mut lines = Lines { world: world.clone() };
     let told = async {
         process.shutdown().cancelled().await;
@@ -187,6 +203,44 @@ async fn serve<D: Dedup + Sync>(world: &World, process: &Process, index: D) -> R
         ran = collector::run(&queue, &mut collector, end, controls, &mut lines) => ran,
         () = told => Ok(()),
     }
+}
+
+/// Puts the jobs back into the queue that have failed by then, as `flotilla retry` does: their lines leave the
+/// output, then they are published anew, then their dead letters go. It is run until it has worked.
+pub(crate) async fn retry(world: World) {
+    sleep(world.chance.millis(1_000, 100_000)).await;
+    let dead: Vec<String> = world.ledger().dead.iter().cloned().collect();
+    if dead.is_empty() || world.workers_over.is_cancelled() {
+        return;
+    }
+    world.is_retrying.store(true, Ordering::Relaxed);
+    let removed = loop {
+        if let Some(removed) = remove_failed(&world, &dead).await {
+            break removed;
+        }
+        sleep(world.chance.millis(50, 2_000)).await;
+    };
+    world.note(|| format!("{removed} lines are removed, to be retried: {dead:?}"));
+    world.count(Fault::Retried);
+    for id in dead {
+        world.ledger().dead.remove(&id);
+        let job = conformance::job(&id);
+        let mut stream = world.jobs.state();
+        if let Storing::Held(sequence) = stream.store(Instant::now(), world.fresh_id(), &job) {
+            stream.confirm(sequence);
+        }
+    }
+    world.jobs.has_arrived();
+    world.is_retrying.store(false, Ordering::Relaxed);
+}
+
+/// Asks the collector that serves; `None` if it doesn't answer or could not.
+async fn remove_failed(world: &World, ids: &[String]) -> Option<u64> {
+    let control = lock(&world.controls).clone()?;
+    let ids = ids.iter().map(|id| JobId(id.clone()).digest()).collect();
+    let (reply, answer) = oneshot::channel();
+    control.try_send(Control::RemoveFailed { ids, reply }).ok()?;
+    timeout(ANSWER_TIMEOUT, answer).await.ok()?.ok()?.ok()
 }
 
 /// Notes the lines that are written.

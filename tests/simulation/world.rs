@@ -2,12 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Deref;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use collector::Control;
 use collector::dedup::server::{IndexServer, Snapshot};
 use collector::log::memory::Disk;
 use shared::{IdDigest, Job, Settled};
+use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
@@ -50,12 +52,14 @@ pub(crate) enum Fault {
     SyncSlow,
     ShortWrite,
     TornTail,
+    /// Not a fault: failed jobs were put back into the queue.
+    Retried,
     /// An innocent job had so much bad luck that it was given up.
     InnocentGivenUp,
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 27] = [
+    pub(crate) const ALL: [Self; 28] = [
         Self::ProducerKilled,
         Self::WorkerKilled,
         Self::CollectorKilled,
@@ -82,6 +86,7 @@ impl Fault {
         Self::SyncSlow,
         Self::ShortWrite,
         Self::TornTail,
+        Self::Retried,
         Self::InnocentGivenUp,
     ];
 }
@@ -110,12 +115,17 @@ pub(crate) struct Shared {
     pub(crate) early: Mutex<BTreeSet<IdDigest>>,
     /// Whether a producer has published all jobs, as often as it should.
     pub(crate) all_published: AtomicBool,
+    /// The way to the collector that serves.
+    pub(crate) controls: Mutex<Option<mpsc::Sender<Control>>>,
+    /// Whether failed jobs are on their way back to the queue.
+    pub(crate) is_retrying: AtomicBool,
     /// Cancelled when the workers, then the collectors have no more work.
     pub(crate) workers_over: CancellationToken,
     pub(crate) collectors_over: CancellationToken,
     started: Instant,
     /// No faults any more.
     calm: AtomicBool,
+    last_id: AtomicU64,
     trace: Option<Mutex<Vec<String>>>,
     processes: Mutex<Vec<Process>>,
     outages: Mutex<Outages>,
@@ -170,10 +180,13 @@ impl World {
             index: IndexServer::default(),
             early: Mutex::default(),
             all_published: AtomicBool::new(false),
+            controls: Mutex::default(),
+            is_retrying: AtomicBool::new(false),
             workers_over: CancellationToken::new(),
             collectors_over: CancellationToken::new(),
             started: now,
             calm: AtomicBool::new(plan.is_peaceful),
+            last_id: AtomicU64::new(0),
             trace: is_traced.then(Mutex::default),
             processes: Mutex::default(),
             outages: Mutex::new(Outages { broker: now, index: now }),
@@ -292,6 +305,11 @@ impl Shared {
             ledger.poisoned.remove(&sequence);
             *ledger.forgotten.entry(sequence).or_default() += 1;
         }
+    }
+
+    /// An id that no other message has.
+    pub(crate) fn fresh_id(&self) -> String {
+        format!("fresh-{}", self.last_id.fetch_add(1, Ordering::Relaxed))
     }
 
     /// The id of a job.
