@@ -3,8 +3,9 @@
 //! that here the seed says when.
 //!
 //! Each seed is a small world (`plan.rs`): some jobs, up to four workers, up to two collectors, a time of
-//! faults (`storm.rs`, and `strikes` wherever it stands), and then none. At the end each id must have exactly
-//! one line, no innocent job may have failed, and nothing may be left queued (`life.rs`).
+//! faults (`storm.rs`, and `strikes` wherever it stands), in some worlds a retry of what failed, and then
+//! peace. At the end each id must have exactly one line, no job may have failed because of one other, and
+//! nothing may be left queued (`life.rs`). In worlds without any fault nothing may be done twice.
 //!
 //! A failing seed prints itself. `SIMULATION_SEED=n cargo test --workspace --test simulation` lives it again, and writes
 //! down all that happens; `SIMULATION_SEEDS=n` lives so many instead of the default.
