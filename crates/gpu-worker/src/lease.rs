@@ -12,7 +12,7 @@ use tokio::time::{Duration, Instant, sleep_until};
 use crate::backend::{Progress, Serving};
 
 /// Renewals in the time of a lease.
-const RENEWALS: u32 = 3;
+pub(crate) const RENEWALS: u32 = 3;
 
 /// Why a delivery has to be let go.
 pub(crate) enum Lost {

@@ -32,7 +32,7 @@ pub use stats::{FailureKind, HistogramSnapshot, Snapshot, Stats};
 
 use pull::{Stop, serve_until_stopped};
 use quarantine::Quarantine;
-use serve::{Broken, Server};
+use serve::{Broken, Keeping, Server};
 
 /// Engine failures in a row, without an outcome between them, after which the worker gives up: that
 /// many more than what it takes to give up a single job.
@@ -95,36 +95,68 @@ pub async fn run<B: Backend, J: Queue<Job>, O: Queue<Settled>>(
     ready: impl FnOnce(&str) + Send,
 ) -> Result<(), Error> {
     let (jobs, outcomes) = queues;
-    let mut ready = Some(ready);
-    let mut failures = 0;
-    loop {
-        let engine = tokio::select! {
-            biased;
-            () = shutdown.cancelled() => return Ok(()),
-            engine = backend.start() => engine?,
-        };
-        if let Some(ready) = ready.take() {
-            ready(engine.model_name());
+    let worker = Worker { config, backend, jobs, outcomes, stats, shutdown };
+    let mut kept = Vec::new();
+    let ended = worker.run(&mut kept, ready).await;
+    serve::give_all_back(kept).await;
+    ended
+}
+
+struct Worker<B, J, O> {
+    config: Config,
+    backend: B,
+    jobs: J,
+    outcomes: O,
+    stats: Arc<Stats>,
+    shutdown: CancellationToken,
+}
+
+impl<B: Backend, J: Queue<Job>, O: Queue<Settled>> Worker<B, J, O> {
+    /// Runs one engine after another. What is in `kept` at the end has to go back.
+    async fn run(
+        &self,
+        kept: &mut Vec<Keeping<J::Delivery>>,
+        ready: impl FnOnce(&str) + Send,
+    ) -> Result<(), Error> {
+        let Self { config, stats, shutdown, .. } = self;
+        let mut ready = Some(ready);
+        let mut failures = 0;
+        loop {
+            let engine = tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return Ok(()),
+                engine = self.backend.start() => engine?,
+                never = serve::keep_all(kept) => match never {},
+            };
+            if let Some(ready) = ready.take() {
+                ready(engine.model_name());
+            }
+            let server = Arc::new(server(config, engine, self.outcomes.clone(), stats));
+            let source = Arc::downgrade(&server);
+            stats.engine_started(server.engine.model_name(), server.engine.num_slots(), source);
+            let again = std::mem::take(kept);
+            let (stop, tally) = serve_until_stopped(&server, &self.jobs, shutdown, again).await;
+            *kept = tally.kept;
+            stats.engine_ended();
+            if let Some(error) = server.broken.take() {
+                return Err(error.into());
+            }
+            match stop {
+                Stop::Hung => return Err(Error::Hung),
+                Stop::Shutdown | Stop::Broken => return Ok(()),
+                Stop::EngineDown if shutdown.is_cancelled() => return Ok(()),
+                Stop::EngineDown => {}
+            }
+            failures = if tally.settled_any { 1 } else { failures + 1 };
+            if failures >= config.max_attempts.saturating_add(SPARE_ENGINE_FAILURES) {
+                return Err(Error::Engine(failures));
+            }
+            tracing::warn!(
+                worker = config.name,
+                failures,
+                "the engine went down; starting it again"
+            );
         }
-        let server = Arc::new(server(&config, engine, outcomes.clone(), &stats));
-        let source = Arc::downgrade(&server);
-        stats.engine_started(server.engine.model_name(), server.engine.num_slots(), source);
-        let (stop, settled_any) = serve_until_stopped(&server, &jobs, &shutdown).await;
-        stats.engine_ended();
-        if let Some(error) = server.broken.take() {
-            return Err(error.into());
-        }
-        match stop {
-            Stop::Hung => return Err(Error::Hung),
-            Stop::Shutdown | Stop::Broken => return Ok(()),
-            Stop::EngineDown if shutdown.is_cancelled() => return Ok(()),
-            Stop::EngineDown => {}
-        }
-        failures = if settled_any { 1 } else { failures + 1 };
-        if failures >= config.max_attempts.saturating_add(SPARE_ENGINE_FAILURES) {
-            return Err(Error::Engine(failures));
-        }
-        tracing::warn!(worker = config.name, failures, "the engine went down; starting it again");
     }
 }
 

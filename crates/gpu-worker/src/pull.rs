@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::backend::Serving;
 use crate::quarantine::Treatment;
-use crate::serve::Server;
+use crate::serve::{GIVE_BACK_TIMEOUT, Keeping, Served, Server};
 
 /// How long a round waits for its first job before it looks around.
 const PULL_WAIT: Duration = Duration::from_secs(5);
@@ -23,8 +23,6 @@ const FILL_WAIT: Duration = Duration::from_millis(100);
 const HUNG_INTERVAL: Duration = Duration::from_secs(1);
 /// Looks after which the worker gives up on it.
 const MAX_HUNG_LOOKS: u32 = 600;
-/// How long giving jobs back may take, once there is no time left for them.
-const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why a worker pulls no more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,39 +37,69 @@ pub(crate) enum Stop {
     Broken,
 }
 
-/// Serves until something stops it, then lets the jobs it holds settle; why, and whether any job was settled.
+/// What an engine's life brought.
+pub(crate) struct Tally<D> {
+    /// Whether any job was settled.
+    pub(crate) settled_any: bool,
+    /// Jobs that the engine never had, for the next one.
+    pub(crate) kept: Vec<Keeping<D>>,
+}
+
+impl<D> Tally<D> {
+    /// Counts what became of a job. One whose task panicked comes again when its lease runs out.
+    fn add(&mut self, joined: Result<Served<Keeping<D>>, JoinError>) {
+        match joined {
+            Ok(Served::Settled) => self.settled_any = true,
+            Ok(Served::Unsettled) => {}
+            Ok(Served::Kept(keeping)) => self.kept.push(keeping),
+            Err(error) => tracing::error!(%error, "a job's task ended early"),
+        }
+    }
+}
+
+/// Serves until something stops it, then lets the jobs it holds settle; why, and what came of it. Begins with those
+/// that were kept when the last engine went down.
 pub(crate) async fn serve_until_stopped<E: Serving, J: Queue<Job>, O: Queue<Settled>>(
     server: &Arc<Server<E, O>>,
     jobs: &J,
     shutdown: &CancellationToken,
-) -> (Stop, bool) {
+    kept: Vec<Keeping<J::Delivery>>,
+) -> (Stop, Tally<J::Delivery>) {
     let mut puller = Puller {
         server,
         jobs,
         shutdown,
         slots: Arc::new(Semaphore::new(server.engine.num_slots().max(1))),
         held: JoinSet::new(),
-        settled_any: false,
+        tally: Tally { settled_any: false, kept: Vec::new() },
     };
-    let stop = puller.pull_until_stopped().await;
+    let stop = puller.pull_until_stopped(kept).await;
     puller.drain(stop).await;
-    (stop, puller.settled_any)
+    (stop, puller.tally)
 }
 
-struct Puller<'a, E, J, O> {
+struct Puller<'a, E, J: Queue<Job>, O> {
     server: &'a Arc<Server<E, O>>,
     jobs: &'a J,
     shutdown: &'a CancellationToken,
     slots: Arc<Semaphore>,
-    /// The jobs that are held; each tells whether it was settled.
-    held: JoinSet<bool>,
-    settled_any: bool,
+    /// The jobs that are held; each tells what became of it.
+    held: JoinSet<Served<Keeping<J::Delivery>>>,
+    tally: Tally<J::Delivery>,
 }
 
 impl<E: Serving, J: Queue<Job>, O: Queue<Settled>> Puller<'_, E, J, O> {
-    async fn pull_until_stopped(&mut self) -> Stop {
+    async fn pull_until_stopped(&mut self, kept: Vec<Keeping<J::Delivery>>) -> Stop {
         let mut fill = false;
+        let mut has_alone = self.start(kept).await;
         loop {
+            if has_alone {
+                tokio::select! {
+                    biased;
+                    () = settle_all(&mut self.held, &mut self.tally) => {}
+                    stop = stopped(self.server, self.shutdown) => return stop,
+                }
+            }
             self.reap();
             let ready = tokio::select! {
                 biased;
@@ -93,36 +121,36 @@ impl<E: Serving, J: Queue<Job>, O: Queue<Settled>> Puller<'_, E, J, O> {
                 }
             };
             let is_first = deliveries.first().is_some_and(|delivery| delivery.attempt() == 1);
-            let has_alone = self.start(deliveries).await;
+            has_alone = self.start(self.hold(deliveries)).await;
             // What is at the head of the queue now need not be there any more when a slot gets free.
             fill = !fill && is_first && self.slots.available_permits() > 0;
-            if has_alone {
-                tokio::select! {
-                    biased;
-                    () = settle_all(&mut self.held, &mut self.settled_any) => {}
-                    stop = stopped(self.server, self.shutdown) => return stop,
-                }
-            }
         }
     }
 
+    fn hold(&self, deliveries: Vec<J::Delivery>) -> Vec<Keeping<J::Delivery>> {
+        let hold = |delivery: J::Delivery| {
+            let held = self.server.stats.hold(&delivery.message().run, delivery.attempt());
+            Keeping { delivery, held }
+        };
+        deliveries.into_iter().map(hold).collect()
+    }
+
     /// Starts the jobs; whether one of them has to be alone. Nothing may be pulled before that one is settled.
-    async fn start(&mut self, deliveries: Vec<J::Delivery>) -> bool {
+    async fn start(&mut self, held: Vec<Keeping<J::Delivery>>) -> bool {
         let mut any_alone = false;
-        let mut placed = Vec::with_capacity(deliveries.len());
-        for delivery in deliveries {
-            let treatment = Treatment::of(&delivery, self.server.config.max_attempts);
+        let mut placed = Vec::with_capacity(held.len());
+        for keeping in held {
+            let treatment = Treatment::of(&keeping.delivery, self.server.config.max_attempts);
             any_alone |= treatment == Treatment::Alone;
             let place = self.server.quarantine.place(treatment).await;
-            placed.push((delivery, place));
+            placed.push((keeping, place));
         }
-        for (delivery, place) in placed {
-            let held = self.server.stats.hold(&delivery.message().run, delivery.attempt());
+        for (keeping, place) in placed {
             let slot = Arc::clone(&self.slots).try_acquire_owned();
             let server = Arc::clone(self.server);
             self.held.spawn(async move {
                 let _slot = slot;
-                server.serve(delivery, (place, held)).await
+                server.serve(keeping, place).await
             });
         }
         any_alone
@@ -161,7 +189,7 @@ impl<E: Serving, J: Queue<Job>, O: Queue<Settled>> Puller<'_, E, J, O> {
 
     fn reap(&mut self) {
         while let Some(joined) = self.held.try_join_next() {
-            self.settled_any |= was_settled(joined);
+            self.tally.add(joined);
         }
     }
 
@@ -174,6 +202,7 @@ impl<E: Serving, J: Queue<Job>, O: Queue<Settled>> Puller<'_, E, J, O> {
                 // The jobs notice it themselves and go back; those that have their outcome publish it.
                 Stop::EngineDown => {
                     tokio::select! {
+                        biased;
                         () = self.shutdown.cancelled() => {}
                         () = server.broken.token.cancelled() => return,
                     }
@@ -184,12 +213,12 @@ impl<E: Serving, J: Queue<Job>, O: Queue<Settled>> Puller<'_, E, J, O> {
         };
         tokio::select! {
             biased;
-            () = settle_all(&mut self.held, &mut self.settled_any) => return,
+            () = settle_all(&mut self.held, &mut self.tally) => return,
             () = no_time_left => {}
             () = server.broken.token.cancelled() => {}
         }
         server.give_back.cancel();
-        let giving_back = settle_all(&mut self.held, &mut self.settled_any);
+        let giving_back = settle_all(&mut self.held, &mut self.tally);
         if tokio::time::timeout(GIVE_BACK_TIMEOUT, giving_back).await.is_err() {
             let num_jobs = self.held.len();
             tracing::warn!(
@@ -202,18 +231,13 @@ impl<E: Serving, J: Queue<Job>, O: Queue<Settled>> Puller<'_, E, J, O> {
 }
 
 /// Waits until nothing is held.
-async fn settle_all(held: &mut JoinSet<bool>, settled_any: &mut bool) {
+async fn settle_all<D: Send + 'static>(
+    held: &mut JoinSet<Served<Keeping<D>>>,
+    tally: &mut Tally<D>,
+) {
     while let Some(joined) = held.join_next().await {
-        *settled_any |= was_settled(joined);
+        tally.add(joined);
     }
-}
-
-/// Whether a job was settled. One whose task panicked comes again when its lease runs out.
-fn was_settled(joined: Result<bool, JoinError>) -> bool {
-    joined.unwrap_or_else(|error| {
-        tracing::error!(%error, "a job's task ended early");
-        false
-    })
 }
 
 /// Waits until nothing must be pulled any more.

@@ -11,6 +11,9 @@
 //! - The worker asks the queue for a single job first, and for as many as it has room for only if that one
 //!   is a first delivery (see `pull`): queues deliver again before they deliver anew, so jobs that come again come
 //!   one by one. So hardly ever are two such jobs held at a time.
+//! - A job that waits for its turn alone while a neighbour takes the engine down was never in that engine: it is kept
+//!   for the next one. Going back would cost it a delivery, and it has few left. A neighbour that takes the process down
+//!   does cost it one: so several such neighbours, one after another, can use up those of an innocent one.
 //! - Deliveries also end without guilt: a machine goes away, is stopped for a while, or is asked to end; the
 //!   server starts again. Therefore a job is given up without being run only [`SPARE_DELIVERIES`] later
 //!   ([`Treatment::GiveUp`]): when its worker was gone at the end of that many deliveries with nothing else in it.

@@ -3,6 +3,7 @@
 //! What a failure means for the job is decided here. Rejected: a `Failed` outcome and a dead letter.
 //! Engine down, or no time left: back to the queue. A job is never acked before its outcome is stored.
 
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -14,12 +15,14 @@ use tokio_util::sync::CancellationToken;
 
 use crate::Config;
 use crate::backend::{Counters, Failure, Serving};
-use crate::lease::{Lease, Lost};
+use crate::lease::{Lease, Lost, RENEWALS};
 use crate::quarantine::{Place, Quarantine, SPARE_DELIVERIES, Treatment};
 use crate::stats::{FailureKind, Held, Source, Stats};
 
 /// How long a job rests that a worker could not finish.
 const RETRY_DELAY: Duration = Duration::from_millis(500);
+/// How long giving jobs back may take, once there is no time left for them.
+pub(crate) const GIVE_BACK_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a job of a newer wire version rests at first, until a newer worker may take it. Twice as
 /// long each time: being passed on counts as a delivery, and deliveries are not without limit.
 const NEWER_VERSION_DELAY: Duration = Duration::from_secs(30);
@@ -76,26 +79,47 @@ struct Rejection {
 enum NoAnswer {
     Rejected(Rejection),
     EngineDown,
+    /// The engine went down before it had the job.
+    NeverInEngine,
+}
+
+/// What became of a delivery.
+pub(crate) enum Served<D> {
+    /// Its outcome is stored, and the job removed from the queue.
+    Settled,
+    /// It went back to the queue, or was lost.
+    Unsettled,
+    /// The engine went down before it had the job: the next one answers it. Going back would count as a
+    /// delivery, and those that wait for their turn alone have few to spare.
+    Kept(D),
+}
+
+/// A delivery that waits for an engine, and counts as held.
+pub(crate) struct Keeping<D> {
+    pub(crate) delivery: D,
+    pub(crate) held: Held,
 }
 
 impl<E: Serving, O: Queue<Settled>> Server<E, O> {
-    /// Takes one job to its end; whether it was settled.
+    /// Takes one job to its end.
     pub(crate) async fn serve<D: Delivery<Job>>(
         &self,
-        delivery: D,
-        (place, _held): (Place, Held),
-    ) -> bool {
+        Keeping { delivery, held }: Keeping<D>,
+        place: Place,
+    ) -> Served<Keeping<D>> {
         match self.serve_inner(delivery, place).await {
-            Ok(settled) => settled,
+            Ok(Served::Kept(delivery)) => Served::Kept(Keeping { delivery, held }),
+            Ok(Served::Settled) => Served::Settled,
+            Ok(Served::Unsettled) => Served::Unsettled,
             Err(error @ QueueError::Server(_)) => {
                 self.broken.set(error);
-                false
+                Served::Unsettled
             }
             // The job is somebody else's by now; if both finish, the collector keeps one.
             Err(error) => {
                 self.stats.lost_lease();
                 tracing::warn!(worker = self.config.name, %error, "cannot settle a job");
-                false
+                Served::Unsettled
             }
         }
     }
@@ -105,7 +129,7 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
         &self,
         delivery: D,
         mut place: Place,
-    ) -> Result<bool, QueueError> {
+    ) -> Result<Served<D>, QueueError> {
         let (started, attempt) = (Instant::now(), delivery.attempt());
         if let Place::Aside(Treatment::PassOn) = place {
             let doublings = attempt.saturating_sub(1).min(MAX_DOUBLINGS);
@@ -122,6 +146,7 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
             Ok(completed) => Ok(completed),
             Err(NoAnswer::Rejected(rejection)) => Err(rejection),
             Err(NoAnswer::EngineDown) => return self.give_back(delivery, RETRY_DELAY).await,
+            Err(NoAnswer::NeverInEngine) => return Ok(Served::Kept(delivery)),
         };
         let publishing = self.publish(delivery.message(), (attempt, started), outcome);
         let published = tokio::select! {
@@ -140,7 +165,7 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
             None => return self.give_back(delivery, RETRY_DELAY).await,
         }
         self.stats.settled_after(started.elapsed());
-        Ok(true)
+        Ok(Served::Settled)
     }
 
     /// Answers one job when its turn has come.
@@ -174,7 +199,8 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
                 );
                 Err(NoAnswer::Rejected(Rejection { kind: FailureKind::TookEngineDown, reason }))
             }
-            Err(Failure::Down { .. }) => Err(NoAnswer::EngineDown),
+            Err(Failure::Down { held: true }) => Err(NoAnswer::EngineDown),
+            Err(Failure::Down { held: false }) => Err(NoAnswer::NeverInEngine),
         }
     }
 
@@ -223,13 +249,13 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
         &self,
         delivery: D,
         delay: Duration,
-    ) -> Result<bool, QueueError> {
+    ) -> Result<Served<D>, QueueError> {
         self.stats.gave_back();
         delivery.retry(delay).await?;
-        Ok(false)
+        Ok(Served::Unsettled)
     }
 
-    fn lose<D: Delivery<Job>>(&self, delivery: &D, lost: Lost) -> Result<bool, QueueError> {
+    fn lose<D: Delivery<Job>>(&self, delivery: &D, lost: Lost) -> Result<Served<D>, QueueError> {
         let progress = match lost {
             Lost::Queue(error) => return Err(error),
             Lost::Hung(progress) => progress,
@@ -243,8 +269,36 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
             );
         }
         self.stats.lost_lease();
-        Ok(false)
+        Ok(Served::Unsettled)
     }
+}
+
+/// Keeps the leases of what waits for an engine for as long as it is polled.
+pub(crate) async fn keep_all<D: Delivery<Job>>(kept: &[Keeping<D>]) -> Infallible {
+    let lease = kept.iter().map(|keeping| keeping.delivery.lease()).min();
+    let Some(lease) = lease else { return std::future::pending().await };
+    loop {
+        for Keeping { delivery, .. } in kept {
+            // If it is lost somebody else has it; the collector keeps one of the answers.
+            if let Err(error) = delivery.keep_alive().await {
+                tracing::debug!(job_id = %delivery.message().id(), %error, "cannot keep a job");
+            }
+        }
+        tokio::time::sleep(lease / RENEWALS).await;
+    }
+}
+
+/// Gives back what no engine will have.
+pub(crate) async fn give_all_back<D: Delivery<Job>>(kept: Vec<Keeping<D>>) {
+    let giving = async {
+        for Keeping { delivery, .. } in kept {
+            if let Err(error) = delivery.retry(RETRY_DELAY).await {
+                tracing::debug!(%error, "cannot give a job back");
+            }
+        }
+    };
+    // What is late comes again when its lease runs out.
+    let _late = tokio::time::timeout(GIVE_BACK_TIMEOUT, giving).await;
 }
 
 /// The context of a failure that has to be small.

@@ -24,6 +24,7 @@ struct Content {
     synced: usize,
     retried: Vec<u8>,
     failing_syncs: bool,
+    lying_syncs: bool,
 }
 
 #[derive(Deserialize)]
@@ -55,6 +56,11 @@ impl Disk {
     /// Whether syncs fail from now on.
     pub fn fail_syncs(&self, fail: bool) {
         self.content().failing_syncs = fail;
+    }
+
+    /// Whether syncs do nothing from now on and say that they have: to see that it is noticed.
+    pub fn lie_about_syncs(&self, lie: bool) {
+        self.content().lying_syncs = lie;
     }
 
     /// The ids of its whole lines, and whether each failed.
@@ -134,8 +140,10 @@ impl Log for MemoryLog {
             let source = std::io::Error::other("a test's disk failed");
             return Err(Error::Io { action: "cannot sync", path: self.name(), source });
         }
-        content.synced = content.bytes.len();
-        self.end = content.synced as u64;
+        if !content.lying_syncs {
+            content.synced = content.bytes.len();
+        }
+        self.end = content.bytes.len() as u64;
         Ok(())
     }
 

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use shared::{Outcome, Settled};
 
-use crate::script::{LEASE, Process, Queues, query};
+use crate::script::{LEASE, Process, QUICK, Queues, query};
 
 const MAX_ATTEMPTS: u32 = 5;
 
@@ -112,4 +112,23 @@ async fn a_job_with_bad_luck_alone_is_answered() {
     let settled = queues.collect(1).await;
     assert_eq!(settled[0].attempts, MAX_ATTEMPTS + 3);
     assert!(matches!(settled[0].outcome, Outcome::Completed(_)));
+}
+
+/// Its deliveries are few by then: one that it never ran in must not be taken from it.
+#[tokio::test(start_paused = true)]
+async fn a_job_that_waits_to_be_alone_loses_no_delivery_when_a_neighbour_takes_the_engine_down() {
+    let queues = Queues::new();
+    queues.publish([("waiting", query::QUICK)]).await;
+    for _ in 1..MAX_ATTEMPTS {
+        let pulled = shared::Queue::pull(&queues.jobs, 1, LEASE).await.unwrap().remove(0);
+        shared::Delivery::retry(pulled, QUICK / 2).await.unwrap();
+    }
+    queues.publish([("guilty", query::CRASH_LATER)]).await;
+    let process = Process::start(MAX_ATTEMPTS, 8, queues.clone());
+    let settled = queues.collect(2).await;
+    let attempts: Vec<(&str, u32)> =
+        settled.iter().map(|settled| (settled.context.id.0.as_str(), settled.attempts)).collect();
+    assert_eq!(attempts, [("guilty", MAX_ATTEMPTS), ("waiting", MAX_ATTEMPTS)]);
+    assert!(process.script.shared.num_starts.load(Ordering::Relaxed) >= u64::from(MAX_ATTEMPTS));
+    assert!(queues.jobs.is_empty());
 }

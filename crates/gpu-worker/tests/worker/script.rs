@@ -31,6 +31,8 @@ pub(crate) mod query {
     pub(crate) const REFUSE: &str = "refuse";
     /// Takes the engine down.
     pub(crate) const CRASH: &str = "crash";
+    /// Takes the engine down after [`super::QUICK`].
+    pub(crate) const CRASH_LATER: &str = "crash later";
     /// Takes the process down.
     pub(crate) const KILL: &str = "kill";
 }
@@ -118,6 +120,9 @@ impl Serving for Engine {
 
     async fn answer(&self, job: &Job) -> Result<Answer, Failure> {
         let shared = &self.script.shared;
+        if self.down.is_cancelled() {
+            return Err(Failure::Down { held: false });
+        }
         let _counted = Count::new(&shared.num_answering);
         let mut aborted = Aborted(Some(&shared.num_aborted));
         let result = tokio::select! {
@@ -149,7 +154,10 @@ impl Engine {
                 shared.num_steps.fetch_add(1, Ordering::Relaxed);
             }
             query::REFUSE => return Err(Failure::Rejected("refused".into())),
-            query::CRASH => {
+            query::CRASH | query::CRASH_LATER => {
+                if query == query::CRASH_LATER {
+                    tokio::time::sleep(QUICK).await;
+                }
                 self.down.cancel();
                 return Err(Failure::Down { held: true });
             }
