@@ -113,6 +113,12 @@ impl NatsServer {
         self.process().cont();
     }
 
+    /// Keeps its folder beyond its end, for whoever looks for what went wrong.
+    pub fn keep(&mut self) -> &Path {
+        self.dir.disable_cleanup(true);
+        self.dir.path()
+    }
+
     /// Its process, which must run.
     pub fn process(&self) -> &Process {
         self.process.as_ref().expect("the server was killed")

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use collector::{Lock, MemoryDedup, Output, RedisConfig, RedisDedup};
+use collector::{Faults, Lock, MemoryDedup, Output, RedisConfig, RedisDedup};
 use shared::RunId;
 use shared::queue::nats::Fleet;
 use tokio_util::sync::CancellationToken;
@@ -45,6 +45,7 @@ async fn collect(options: &CollectOptions) -> anyhow::Result<ExitCode> {
         until_done: options.until_done,
         shutdown: interruption,
         tallies: Tallies::default(),
+        faults: Faults { abort_at: options.die_after },
     };
     let health = Health::default();
     // One that waits to take over is as well as one that writes.
@@ -74,6 +75,7 @@ pub(crate) struct Roles {
     until_done: bool,
     shutdown: CancellationToken,
     tallies: Tallies,
+    faults: Faults,
 }
 
 impl Roles {

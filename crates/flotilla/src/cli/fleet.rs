@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use collector::Step;
 use producer::{FollowConfig, RetrievalConfig, SourceConfig};
 use shared::RunId;
 
@@ -98,6 +99,16 @@ pub(crate) struct TestOptions {
     /// Id of a job that aborts the process when the no-op backend begins it.
     #[arg(long, value_name = "ID", hide = true)]
     pub(crate) noop_poison: Option<String>,
+    /// Id of a job with which the no-op backend hangs for good.
+    #[arg(long, value_name = "ID", hide = true)]
+    pub(crate) noop_hang: Option<String>,
+    /// Workers of the no-op backend in this process.
+    #[arg(long, value_name = "N", default_value_t = 1, hide = true)]
+    pub(crate) noop_workers: usize,
+    /// Outcomes after which a worker's process dies, each of them stored and the last one's job not
+    /// yet acked.
+    #[arg(long, value_name = "N", hide = true)]
+    pub(crate) die_after_publish: Option<u64>,
     /// Seconds that a silent worker keeps its jobs.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds, hide = true)]
     pub(crate) lease: Duration,
@@ -140,6 +151,9 @@ pub(crate) struct CollectOptions {
     /// Seconds that a silent collector keeps its outcomes.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds, hide = true)]
     pub(crate) lease: Duration,
+    /// For tests: the step after which the process dies, and how often it is done by then.
+    #[arg(long, value_name = "STEP:N", value_parser = parse_death, hide = true)]
+    pub(crate) die_after: Option<(Step, u64)>,
     #[command(flatten)]
     pub(crate) metrics: MetricsOptions,
     #[command(flatten)]
@@ -310,6 +324,12 @@ fn parse_window(text: &str) -> Result<usize, String> {
         Ok(window @ 1..=65_536) => Ok(window),
         _ => Err("expected a number from 1 to 65536".to_owned()),
     }
+}
+
+fn parse_death(text: &str) -> Result<(Step, u64), String> {
+    let (step, count) = text.split_once(':').ok_or("expected a step, a colon and a number")?;
+    let count = count.parse().map_err(|error| format!("expected a number: {error}"))?;
+    Ok((step.parse()?, count))
 }
 
 fn parse_run(text: &str) -> Result<RunId, String> {

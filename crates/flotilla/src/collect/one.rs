@@ -47,6 +47,7 @@ impl One {
             // An index that can't be reached is waited for.
             () = shutdown.cancelled() => return Ok(None),
         };
+        collector.set_probe(self.roles.faults.into());
         let tally = self.roles.tallies.add(&self.run);
         tally.opened(collector.num_lines(), collector.num_failed());
         tracing::info!(run = self.run.0, output = %self.output_file.display(), "collecting");
