@@ -1,5 +1,7 @@
 //! Whatever is killed, stopped or cut off, each id ends as one line.
 
+use std::os::unix::process::ExitStatusExt;
+
 use flotilla_tests::process::{DEADLINE, Process};
 use flotilla_tests::proxy::Proxy;
 use rustix::process::Signal;
@@ -59,7 +61,7 @@ fn worker_stopped_beyond_its_lease_doubles_nothing() {
     fleet.place.write_queries("queries.jsonl", 100);
     fleet.produce("");
     let first = fleet.collect("");
-    let stopped = fleet.noop("--noop-latency 500 --noop-slots 32");
+    let stopped = fleet.noop("--noop-latency 3000 --noop-slots 32");
     fleet.wait_for("jobs in flight", |state| run(state, "r")["in_flight"].as_u64() > Some(0));
     stopped.stop();
     let _worker = fleet.noop("");
@@ -75,7 +77,7 @@ fn worker_stopped_beyond_its_lease_doubles_nothing() {
 #[test]
 fn collector_killed_again_and_again_writes_each_id_once() {
     let fleet = Fleet::start();
-    fleet.place.write_queries("queries.jsonl", 600);
+    fleet.place.write_queries("queries.jsonl", 1_500);
     fleet.produce("");
     let _worker = fleet.noop("--noop-latency 20 --noop-slots 8");
     for lines in [1, 20, 60] {
@@ -83,7 +85,21 @@ fn collector_killed_again_and_again_writes_each_id_once() {
         collector.wait_for("written", lines);
         collector.kill();
     }
-    fleet.assert_done(&fleet.collect("--until-done"), 600);
+    fleet.assert_done(&fleet.collect("--until-done"), 1_500);
+}
+
+#[test]
+fn collector_that_dies_after_any_step_writes_each_id_once() {
+    let fleet = Fleet::start();
+    fleet.place.write_queries("queries.jsonl", 3_000);
+    fleet.produce("");
+    let _worker = fleet.noop("--noop-latency 5 --noop-slots 8");
+    for step in ["pulled", "checked", "picked", "written", "synced", "marked", "acked"] {
+        let collector = fleet.collect(&format!("--abort-at {step}"));
+        let status = collector.wait(DEADLINE);
+        assert_eq!(status.signal(), Some(Signal::ABORT.as_raw()), "{step}\n{}", collector.log());
+    }
+    fleet.assert_done(&fleet.collect("--until-done"), 3_000);
 }
 
 #[test]
@@ -92,7 +108,7 @@ fn second_collector_waits_and_takes_over() {
     fleet.place.write_queries("queries.jsonl", 300);
     fleet.produce("");
     let first = fleet.collect("");
-    let worker = fleet.noop("--noop-latency 50 --noop-slots 4");
+    let worker = fleet.noop("--noop-latency 200 --noop-slots 4");
     first.wait_for("written", 5);
     let second = fleet.collect("--until-done");
     second.wait_for("waiting", 1);

@@ -120,3 +120,28 @@ fn queries_come_through_stdin() {
     let _worker = fleet.noop("");
     fleet.assert_done(&fleet.collect("--until-done"), 300);
 }
+
+#[test]
+fn run_with_servers_gives_the_same_answers_alone_and_with_help() {
+    let fleet = Fleet::start();
+    let examples = repository().join("examples");
+    let input = format!(
+        "run --queries-file {0}/queries.jsonl --corpus-path {0}/corpus --temperature 0 --threads 1",
+        examples.display()
+    );
+    let servers = format!("--nats-url {} --redis-url {}", fleet.nats.url(), fleet.redis.url());
+    fleet.place.run_expecting(0, &format!("{input} --output-file memory.jsonl"));
+    fleet.place.run_expecting(0, &format!("{input} --output-file servers.jsonl {servers}"));
+    assert_eq!(answers(&fleet.place, "servers.jsonl"), answers(&fleet.place, "memory.jsonl"));
+    // Again: everything has its line.
+    let before = fleet.place.read("servers.jsonl");
+    fleet.place.run_expecting(0, &format!("{input} --output-file servers.jsonl {servers}"));
+    assert_eq!(fleet.place.read("servers.jsonl"), before);
+
+    let _helper = fleet.spawn(&format!("work --threads 1 {LEASE}"));
+    fleet
+        .place
+        .run_expecting(0, &format!("{input} --output-file helped.jsonl --workers 0 {servers}"));
+    assert_eq!(answers(&fleet.place, "helped.jsonl"), answers(&fleet.place, "memory.jsonl"));
+    fleet.place.run_expecting(2, &format!("{input} --output-file none.jsonl --workers 0"));
+}

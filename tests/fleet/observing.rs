@@ -72,7 +72,7 @@ fn every_role_tells_its_metrics_and_its_health() {
         (
             &worker,
             &[
-                "num_requests_running{model_name=\"flotilla-reader\"} 0",
+                "num_requests_running{model_name=\"flotilla-reader\",engine=\"0\"} 0",
                 "request_success_total{",
                 "e2e_request_latency_seconds_bucket{",
                 "generation_tokens_total{",

@@ -62,7 +62,7 @@ fn wrong_options_are_told_with_what_was_expected() {
         (1, "produce --queries-file missing.jsonl", "missing.jsonl"),
         (2, "collect", "--output-file"),
         (2, "collect --output-dir d --run r", "cannot be used"),
-        (1, "work --devices 7", "expected cpu or all"),
+        (2, "work --devices 7", "expected cpu or all"),
         (1, "work --model-path nowhere", "nowhere is not a model"),
         (2, "work --max-attempts 1", "1 is not in 2.."),
         (2, "work --drain-timeout soon", "number of seconds"),

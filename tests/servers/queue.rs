@@ -13,6 +13,7 @@ use shared::{Delivery, Job, Queue, RunId};
 mod access;
 mod faults;
 mod nkeys;
+mod rate;
 mod records;
 
 /// Short, so that waiting for it to run out is quick; long enough for a busy machine.

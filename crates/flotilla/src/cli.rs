@@ -53,7 +53,7 @@ pub(crate) enum Command {
     Status(Box<fleet::StatusOptions>),
     /// Put the failed jobs of a run back to the queue, and take their lines out of the output.
     ///
-    /// The lines are kept in <output>.retried.jsonl. The run's collector must be running, or
+    /// The lines are kept in `<output>.retried.jsonl`. The run's collector must be running, or
     /// --output-file given.
     Retry(Box<fleet::RetryOptions>),
     /// Publish those queries again that are neither in the output nor among the failed jobs.
@@ -82,13 +82,16 @@ pub(crate) struct RunOptions {
     pub(crate) model: ModelOptions,
     #[command(flatten)]
     pub(crate) generation: GenerationOptions,
-    /// Workers in this process, each with a model of its own.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    /// Workers in this process, each with a model of its own; with --nats-url also 0, where others
+    /// work.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=64))]
     pub(crate) workers: u32,
     /// Deliveries after which a job that keeps taking its worker down is given up; the last one is
     /// alone in its worker.
     #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) max_attempts: u32,
+    #[command(flatten)]
+    pub(crate) servers: fleet::RunServers,
 }
 
 /// Options of `flotilla contexts`.
@@ -272,7 +275,7 @@ impl ModelOptions {
         }
         let InferenceType::Local = self.inference_type;
         let defaults = EngineConfig::default();
-        let threads = self.threads.unwrap_or(defaults.threads).div_ceil(workers as usize);
+        let threads = self.threads.unwrap_or(defaults.threads).div_ceil(workers.max(1) as usize);
         let config = EngineConfig {
             model_path: model_path(self.model_path.as_ref())?,
             max_num_seqs: self.max_num_seqs,

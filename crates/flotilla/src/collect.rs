@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use collector::{Faults, Lock, MemoryDedup, Output, RedisConfig, RedisDedup};
+use collector::{Lock, MemoryDedup, Output, RedisConfig, RedisDedup, Step};
 use shared::RunId;
 use shared::queue::nats::Fleet;
 use tokio_util::sync::CancellationToken;
@@ -25,8 +25,9 @@ mod page;
 mod tally;
 mod until_done;
 
-use one::{Collected, One};
-use tally::Tallies;
+pub(crate) use one::Collected;
+use one::One;
+pub(crate) use tally::Tallies;
 
 /// Runs `flotilla collect`.
 pub(crate) fn main(options: &CollectOptions) -> anyhow::Result<ExitCode> {
@@ -43,9 +44,10 @@ async fn collect(options: &CollectOptions) -> anyhow::Result<ExitCode> {
         redis_url: options.redis.redis_url.clone(),
         wait: !options.no_wait,
         until_done: options.until_done,
+        published: already(),
+        abort_at: options.abort_at,
         shutdown: interruption,
         tallies: Tallies::default(),
-        faults: Faults { abort_at: options.die_after },
     };
     let health = Health::default();
     // One that waits to take over is as well as one that writes.
@@ -65,22 +67,37 @@ async fn collect(options: &CollectOptions) -> anyhow::Result<ExitCode> {
     }
 }
 
+/// Producers elsewhere say for themselves when they are done.
+fn already() -> CancellationToken {
+    let token = CancellationToken::new();
+    token.cancel();
+    token
+}
+
 /// What all collectors of this process have in common.
 #[derive(Clone)]
 pub(crate) struct Roles {
-    fleet: Fleet,
-    redis_url: Option<String>,
+    pub(crate) fleet: Fleet,
+    pub(crate) redis_url: Option<String>,
     /// Whether to wait for an output that another process writes.
-    wait: bool,
-    until_done: bool,
-    shutdown: CancellationToken,
-    tallies: Tallies,
-    faults: Faults,
+    pub(crate) wait: bool,
+    /// Whether to end when the run is complete.
+    pub(crate) until_done: bool,
+    /// Not complete before this: a producer of this process has published everything.
+    pub(crate) published: CancellationToken,
+    /// Where a test lets it die.
+    pub(crate) abort_at: Option<Step>,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) tallies: Tallies,
 }
 
 impl Roles {
     /// Collects one run until its end; `None` if that came before the output was this process' own.
-    async fn collect(&self, run: RunId, output_file: PathBuf) -> anyhow::Result<Option<Collected>> {
+    pub(crate) async fn collect(
+        &self,
+        run: RunId,
+        output_file: PathBuf,
+    ) -> anyhow::Result<Option<Collected>> {
         let lock = if self.wait { Lock::Wait(self.shutdown.clone()) } else { Lock::Refuse };
         let output = match Output::open(&output_file, lock).await {
             Err(collector::Error::Interrupted { .. }) => return Ok(None),

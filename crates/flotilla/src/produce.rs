@@ -24,7 +24,7 @@ use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, files, fleet, signals};
 mod listening;
 mod said;
 
-use said::Said;
+pub(crate) use said::Said;
 
 /// Runs `flotilla produce`.
 pub(crate) fn main(options: &ProduceOptions) -> anyhow::Result<ExitCode> {

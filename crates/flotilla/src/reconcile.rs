@@ -130,7 +130,7 @@ struct Identified {
 /// Adds the ids of the output's lines. Its collector may be writing: a last line without its end is
 /// none yet.
 /// How many there are.
-fn read_output(path: &Path, ids: &mut HashSet<IdDigest>) -> anyhow::Result<u64> {
+pub(crate) fn read_output(path: &Path, ids: &mut HashSet<IdDigest>) -> anyhow::Result<u64> {
     let file = match File::open(path) {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
         opened => opened.with_context(|| format!("cannot read {}", path.display()))?,

@@ -18,12 +18,14 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
-use crate::cli::RunOptions;
+use crate::cli::{RunOptions, Usage};
 use crate::files;
 use crate::progress::Progress;
 use crate::rejects::Rejects;
 use crate::statistics::Statistics;
 use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, signals, telemetry};
+
+mod with_servers;
 
 /// Jobs that wait in memory for a worker: enough that no slot stays free, few enough to be small.
 const QUEUE_CAPACITY: usize = 256;
@@ -41,6 +43,10 @@ struct Queues {
 /// Runs `flotilla run`.
 pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
     let input = options.source.file()?.0;
+    let nats = options.servers.nats();
+    if options.workers == 0 && nats.is_none() {
+        return Err(Usage("expected --workers of at least 1 without --nats-url".to_owned()).into());
+    }
     let engine = options.model.engine_config(options.workers)?;
     let template = JobTemplate {
         run: RunId(run_name(&options.output_file)),
@@ -50,6 +56,9 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
     };
     options.retrieval.validate()?;
     files::check(input, &options.output_file)?;
+    if let Some(nats) = nats {
+        return with_servers::main(options, &nats, engine, template);
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         // Each thread that tokenises keeps words of its own; no more of them than run at a time.

@@ -39,7 +39,8 @@ pub(crate) fn main(options: &WorkOptions) -> anyhow::Result<ExitCode> {
     fleet::block_on(work(options, &devices, engine))
 }
 
-type Workers = JoinSet<Result<(), gpu_worker::Error>>;
+/// The workers of a process.
+pub(crate) type Workers = JoinSet<Result<(), gpu_worker::Error>>;
 
 async fn work(
     options: &WorkOptions,
@@ -98,21 +99,34 @@ async fn work(
 }
 
 /// One device's worker.
-struct Worker {
-    rank: u32,
-    device: Device,
-    max_attempts: u32,
-    drain_timeout: Duration,
-    fleet: Fleet,
-    stats: Arc<Stats>,
-    health: Health,
-    shutdown: CancellationToken,
+pub(crate) struct Worker {
+    /// Its number in this process.
+    pub(crate) rank: u32,
+    /// Where it computes.
+    pub(crate) device: Device,
+    /// Delivery from which on a job runs alone.
+    pub(crate) max_attempts: u32,
+    /// How long the running jobs may take after a shutdown.
+    pub(crate) drain_timeout: Duration,
+    /// The connection.
+    pub(crate) fleet: Fleet,
+    /// Where it counts.
+    pub(crate) stats: Arc<Stats>,
+    /// Set when it is ready.
+    pub(crate) health: Health,
+    /// When to end.
+    pub(crate) shutdown: CancellationToken,
     /// For tests: outcomes after which the process dies.
-    last_words: Option<u64>,
+    pub(crate) last_words: Option<u64>,
 }
 
 impl Worker {
-    async fn run<B: Backend>(self, backend: B, model: String) -> Result<(), gpu_worker::Error> {
+    /// Answers jobs of this model until the shutdown.
+    pub(crate) async fn run<B: Backend>(
+        self,
+        backend: B,
+        model: String,
+    ) -> Result<(), gpu_worker::Error> {
         let identity = Identity::new(self.rank, self.device.to_string());
         let name = identity.name.clone();
         let over = CancellationToken::new();
@@ -146,7 +160,10 @@ impl Worker {
 }
 
 /// Waits for all workers to end; the error of the first that could not go on, once none is left.
-async fn supervise(mut workers: Workers, interruption: &CancellationToken) -> anyhow::Result<()> {
+pub(crate) async fn supervise(
+    mut workers: Workers,
+    interruption: &CancellationToken,
+) -> anyhow::Result<()> {
     let mut first_error = None;
     let mut told = false;
     loop {

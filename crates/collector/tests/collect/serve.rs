@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use flotilla_collector::dedup::server::IndexServer;
 use flotilla_collector::log::memory::Disk;
-use flotilla_collector::{Collector, Control, End, Error, run};
+use flotilla_collector::{Collector, Control, End, Error, Probe, Step, run};
 use shared::{Delivery, JobId, MemoryQueue, Queue, Settled};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -218,4 +218,32 @@ async fn delivery_is_acked_only_after_its_line_is_on_disk() {
     tokio::select! { ended = running => ended.unwrap(), () = until_empty => {} }
     assert_eq!(count.report.overall().answered, 0);
     assert_eq!(disk.lines().len(), 1);
+}
+
+#[tokio::test]
+async fn index_that_is_flushed_between_check_and_mark_is_filled_from_the_log() {
+    let disk = Disk::default();
+    let server = IndexServer::default();
+    let mut collector = Collector::open(disk.open(), server.client()).await.unwrap();
+    collector.write(&[&answered("a")]).await.unwrap();
+    let flushed = server.clone();
+    collector.set_probe(Probe::new(move |step| {
+        if step == Step::Synced {
+            flushed.restore(Default::default());
+        }
+        false
+    }));
+    assert_eq!(collector.write(&[&failed("b")]).await.unwrap().new, [0]);
+    assert_eq!((collector.num_lines(), collector.num_failed()), (2, 1));
+    let again = [&answered("a"), &failed("b"), &answered("c"), &answered("c")];
+    assert_eq!(collector.write(&again).await.unwrap().new, [2]);
+    assert_eq!(disk.lines().len(), 3);
+}
+
+#[test]
+fn steps_are_read_by_their_names() {
+    for step in Step::ALL {
+        assert_eq!(step.to_string().parse(), Ok(step));
+    }
+    assert!("elsewhere".parse::<Step>().unwrap_err().contains("synced"));
 }

@@ -2,7 +2,7 @@
 //! else is real: producer → JetStream → workers → JetStream → collector with Redis and fdatasync,
 //! each role and each server a process of its own.
 
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -47,22 +47,27 @@ async fn measure(options: &QueueBench) -> anyhow::Result<Report> {
     let jobs = options.jobs;
     let feeding = tokio::task::spawn_blocking(move || feed(input.into(), jobs));
     let mut ticks = tokio::time::interval(LOOK_INTERVAL);
-    let mut published = None;
-    let elapsed = loop {
+    let mut lines = Lines::of(&dir.path().join("results.jsonl"))?;
+    let (mut published, mut written) = (None, None);
+    loop {
         ticks.tick().await;
         processes.look();
         if published.is_none() && processes.has_ended(Role::Producer)? {
             published = Some(started.elapsed());
         }
-        if processes.has_ended(Role::Collector)? {
-            break started.elapsed();
+        if written.is_none() && lines.count()? == jobs {
+            written = Some(started.elapsed());
         }
-    };
-    let published = published.unwrap_or(elapsed);
+        // It ends by itself a little after the last line.
+        if processes.has_ended(Role::Collector)? {
+            break;
+        }
+    }
     feeding.await?.context("cannot feed the producer")?;
-    let lines = count_lines(&dir.path().join("results.jsonl"))?;
+    let lines = lines.count()?;
     ensure!(lines == jobs, "expected {jobs} lines, found {lines}");
-    Ok(report(options, &processes, published, elapsed))
+    let elapsed = written.unwrap_or(started.elapsed());
+    Ok(report(options, &processes, (published.unwrap_or(elapsed), elapsed)))
 }
 
 /// Where the servers are.
@@ -177,22 +182,36 @@ fn feed(input: std::fs::File, jobs: u64) -> std::io::Result<()> {
     input.flush()
 }
 
-fn count_lines(path: &Path) -> anyhow::Result<u64> {
-    use std::io::BufRead;
-    let file = std::fs::File::open(path).context("the collector left no results")?;
-    let mut lines = 0;
-    for line in std::io::BufReader::new(file).split(b'\n') {
-        line?;
-        lines += 1;
+/// Counts the lines of a file that grows.
+struct Lines {
+    file: std::fs::File,
+    num_lines: u64,
+    buffer: Vec<u8>,
+}
+
+impl Lines {
+    fn of(path: &Path) -> anyhow::Result<Self> {
+        let file = std::fs::File::open(path).context("the collector made no output")?;
+        Ok(Self { file, num_lines: 0, buffer: vec![0; 1 << 20] })
     }
-    Ok(lines)
+
+    /// Lines so far.
+    fn count(&mut self) -> std::io::Result<u64> {
+        loop {
+            let length = self.file.read(&mut self.buffer)?;
+            if length == 0 {
+                return Ok(self.num_lines);
+            }
+            let ends = self.buffer[..length].iter().filter(|&&byte| byte == b'\n').count();
+            self.num_lines += ends as u64;
+        }
+    }
 }
 
 fn report(
     options: &QueueBench,
     processes: &Processes,
-    published: Duration,
-    elapsed: Duration,
+    (published, elapsed): (Duration, Duration),
 ) -> Report {
     let jobs = options.jobs as f64;
     let mut report = Report::new();

@@ -32,8 +32,8 @@ pub(crate) struct ProduceOptions {
         requires = "listen"
     )]
     pub(crate) token: Option<String>,
-    /// JSONL file that gets the input that can have no line, with file, line and reason
-    /// [default: <queries file>.rejected.jsonl, none for stdin and --listen].
+    /// JSONL file that gets the input that can have no line, with file, line and reason. By default
+    /// it has the name of the queries file and `.rejected.jsonl`; stdin and --listen have none.
     #[arg(long, value_name = "FILE")]
     pub(crate) rejected_file: Option<PathBuf>,
     /// Jobs published at a time without waiting for their confirmation.
@@ -151,9 +151,9 @@ pub(crate) struct CollectOptions {
     /// Seconds that a silent collector keeps its outcomes.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds, hide = true)]
     pub(crate) lease: Duration,
-    /// For tests: the step after which the process dies, and how often it is done by then.
-    #[arg(long, value_name = "STEP:N", value_parser = parse_death, hide = true)]
-    pub(crate) die_after: Option<(Step, u64)>,
+    /// Step of the protocol after which the process aborts, the second time that it comes there.
+    #[arg(long, value_name = "STEP", hide = true)]
+    pub(crate) abort_at: Option<Step>,
     #[command(flatten)]
     pub(crate) metrics: MetricsOptions,
     #[command(flatten)]
@@ -290,6 +290,27 @@ pub(crate) struct NatsAccess {
     pub(crate) nats_key: Option<PathBuf>,
 }
 
+/// The servers of `flotilla run`, where it shall not keep its queues in memory.
+#[derive(Args, Clone)]
+#[command(next_help_heading = "Servers")]
+pub(crate) struct RunServers {
+    /// Queue the jobs at this NATS server, so that workers elsewhere can help: see `flotilla work`.
+    #[arg(long, value_name = "URL")]
+    nats_url: Option<String>,
+    #[command(flatten)]
+    access: NatsAccess,
+    #[command(flatten)]
+    pub(crate) redis: RedisOptions,
+}
+
+impl RunServers {
+    /// The connection to the queue, if it isn't in memory.
+    pub(crate) fn nats(&self) -> Option<NatsOptions> {
+        let access = self.access.clone();
+        self.nats_url.clone().map(|nats_url| NatsOptions { nats_url, access })
+    }
+}
+
 /// The index of what is written.
 #[derive(Args, Clone)]
 #[command(next_help_heading = "Servers")]
@@ -304,6 +325,12 @@ pub(crate) struct RedisOptions {
 impl std::fmt::Debug for NatsOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("NatsOptions").finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for RunServers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RunServers").finish_non_exhaustive()
     }
 }
 
@@ -324,12 +351,6 @@ fn parse_window(text: &str) -> Result<usize, String> {
         Ok(window @ 1..=65_536) => Ok(window),
         _ => Err("expected a number from 1 to 65536".to_owned()),
     }
-}
-
-fn parse_death(text: &str) -> Result<(Step, u64), String> {
-    let (step, count) = text.split_once(':').ok_or("expected a step, a colon and a number")?;
-    let count = count.parse().map_err(|error| format!("expected a number: {error}"))?;
-    Ok((step.parse()?, count))
 }
 
 fn parse_run(text: &str) -> Result<RunId, String> {

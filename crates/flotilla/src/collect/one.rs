@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use collector::{Collector, Dedup, End, Output, Report};
+use collector::{Collector, Dedup, End, Faults, Output, Report};
 use shared::RunId;
 use shared::status::{Role, RunStatus, unix_now};
 use tokio::sync::{mpsc, watch};
@@ -23,15 +23,15 @@ pub(super) struct One {
 }
 
 /// What it came to.
-pub(super) struct Collected {
+pub(crate) struct Collected {
     /// What this process wrote.
-    pub(super) report: Report,
+    pub(crate) report: Report,
     /// In how much time.
-    pub(super) elapsed: Duration,
+    pub(crate) elapsed: Duration,
     /// Lines of the output.
-    pub(super) lines: u64,
+    pub(crate) lines: u64,
     /// Lines of jobs that failed.
-    pub(super) failed: u64,
+    pub(crate) failed: u64,
 }
 
 impl One {
@@ -47,7 +47,8 @@ impl One {
             // An index that can't be reached is waited for.
             () = shutdown.cancelled() => return Ok(None),
         };
-        collector.set_probe(self.roles.faults.into());
+        let abort_at = self.roles.abort_at.map(|step| (step, 2));
+        collector.set_probe(Faults { abort_at }.into());
         let tally = self.roles.tallies.add(&self.run);
         tally.opened(collector.num_lines(), collector.num_failed());
         tracing::info!(run = self.run.0, output = %self.output_file.display(), "collecting");
@@ -87,8 +88,12 @@ impl One {
     async fn is_over(&self, tally: &Tally) {
         let shutdown = &self.roles.shutdown;
         if self.roles.until_done {
+            let done = async {
+                self.roles.published.cancelled().await;
+                until_done::until_done(&self.roles.fleet, &self.run, tally).await;
+            };
             tokio::select! {
-                () = until_done::until_done(&self.roles.fleet, &self.run, tally) => {}
+                () = done => {}
                 () = shutdown.cancelled() => {}
             }
         } else {

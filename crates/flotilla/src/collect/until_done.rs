@@ -11,7 +11,7 @@ use tokio::time::MissedTickBehavior;
 use super::tally::Tally;
 
 /// Between two looks.
-const INTERVAL: Duration = Duration::from_millis(500);
+const INTERVAL: Duration = Duration::from_millis(200);
 
 /// Ready when the run is complete.
 pub(super) async fn until_done(fleet: &Fleet, run: &RunId, tally: &Tally) {

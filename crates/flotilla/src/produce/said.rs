@@ -22,7 +22,7 @@ const LINE_INTERVAL: Duration = Duration::from_secs(10);
 const LAST_TRIES: u32 = 15;
 
 /// A producer's words, until its end.
-pub(super) struct Said {
+pub(crate) struct Said {
     over: CancellationToken,
     /// Whether everything is published.
     is_finished: watch::Sender<bool>,
@@ -32,7 +32,7 @@ pub(super) struct Said {
 
 impl Said {
     /// Begins to speak.
-    pub(super) fn start(fleet: &Fleet, run: &RunId, model: &str, stats: &Arc<Stats>) -> Self {
+    pub(crate) fn start(fleet: &Fleet, run: &RunId, model: &str, stats: &Arc<Stats>) -> Self {
         let over = CancellationToken::new();
         let (is_finished, finished) = watch::channel(false);
         let (total, known_total) = watch::channel(None);
@@ -60,14 +60,14 @@ impl Said {
     }
 
     /// Counts the queries of a file beside the publishing.
-    pub(super) fn count(&self, source: SourceConfig) {
+    pub(crate) fn count(&self, source: SourceConfig) {
         let total = self.total.clone();
         // Given up at the end of the command, like all that only reads.
         drop(tokio::task::spawn_blocking(move || total.send_replace(producer::count(&source))));
     }
 
     /// The last words.
-    pub(super) async fn end(self, is_finished: bool) {
+    pub(crate) async fn end(self, is_finished: bool) {
         self.is_finished.send_replace(is_finished);
         self.over.cancel();
         // The words that were said before stay true.

@@ -80,7 +80,7 @@ async fn a_hanging_engine_is_left_alone_and_then_given_up() {
     until("the lease is lost", || worker.stats.snapshot().leases_lost > 0).await;
     queues.publish([("b", query::QUICK), ("c", query::QUICK)]).await;
     // What was asked for before may still come, once.
-    let ended = worker.task.await.unwrap();
+    let ended = tokio::time::timeout(LEASE * 50, worker.task).await.unwrap().unwrap();
     assert!(matches!(ended, Err(Error::Hung)), "{ended:?}");
     let attempts = queues.jobs.pull(10, LEASE * 2).await.unwrap();
     assert_eq!(attempts.len(), 3);

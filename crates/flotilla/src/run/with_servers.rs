@@ -1,0 +1,165 @@
+//! `flotilla run --nats-url`: producer, workers and collector in this process, the queues at the
+//! fleet's server, so that workers elsewhere help and nothing queued is lost with the process.
+//!
+//! Ends when everything published has its line, whoever answered it. An interruption leaves what is
+//! queued where it is; the same command goes on.
+
+use std::collections::HashSet;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use engine::EngineConfig;
+use gpu_worker::{Device, EngineBackend};
+use producer::{BadInput, JobTemplate, Published, Publisher, Stats};
+use shared::JobId;
+use shared::queue::nats::Fleet;
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::RunOptions;
+use crate::cli::fleet::NatsOptions;
+use crate::collect::{Collected, Roles, Tallies};
+use crate::observe::Health;
+use crate::produce::{self, Said};
+use crate::rejects::Rejects;
+use crate::statistics::Statistics;
+use crate::work::{self, Worker, Workers};
+use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, fleet, reconcile, signals, telemetry};
+
+/// Runs `flotilla run` with servers.
+pub(super) fn main(
+    options: &RunOptions,
+    nats: &NatsOptions,
+    engine: EngineConfig,
+    template: JobTemplate,
+) -> anyhow::Result<ExitCode> {
+    let rejects = Rejects::beside(&options.output_file)?;
+    fleet::block_on(answer_all(options, nats, engine, (template, rejects)))
+}
+
+async fn answer_all(
+    options: &RunOptions,
+    nats: &NatsOptions,
+    engine: EngineConfig,
+    (template, mut rejects): (JobTemplate, Rejects),
+) -> anyhow::Result<ExitCode> {
+    let interruption = signals::interruption()?;
+    let Some(fleet) = fleet::connect_unless(&interruption, nats).await? else {
+        return Ok(ExitCode::from(INTERRUPTED));
+    };
+    let over = interruption.child_token();
+    let roles = Roles {
+        fleet: fleet.clone(),
+        redis_url: options.servers.redis.redis_url.clone(),
+        wait: false,
+        until_done: true,
+        published: CancellationToken::new(),
+        abort_at: None,
+        shutdown: over.clone(),
+        tallies: Tallies::default(),
+    };
+    let model = engine::model_name(&engine.model_path);
+    let run = template.run.clone();
+    let all_published = roles.published.clone();
+    let producing = async {
+        let published = publish(options, (&fleet, &model), template, &over, &mut rejects).await;
+        all_published.cancel();
+        cancel_if_failed(published, &over)
+    };
+    let collecting = async {
+        let collected = roles.collect(run, options.output_file.clone()).await;
+        // Nothing more is wanted, whether all is written or nothing can be.
+        over.cancel();
+        collected
+    };
+    let workers = start_workers(options, &fleet, &engine, &over);
+    let working = async { cancel_if_failed(work::supervise(workers, &interruption).await, &over) };
+    let (published, collected, worked) = tokio::join!(producing, collecting, working);
+    rejects.finish()?;
+    let (collected, (), published) = (collected?, worked?, published?);
+    tell(options, collected, published, interruption.is_cancelled())
+}
+
+/// Without one of its parts, the command ends.
+fn cancel_if_failed<T>(result: anyhow::Result<T>, over: &CancellationToken) -> anyhow::Result<T> {
+    if result.is_err() {
+        over.cancel();
+    }
+    result
+}
+
+async fn publish(
+    options: &RunOptions,
+    (fleet, model): (&Fleet, &str),
+    template: JobTemplate,
+    over: &CancellationToken,
+    rejects: &mut Rejects,
+) -> anyhow::Result<Published> {
+    let mut answered = HashSet::new();
+    reconcile::read_output(&options.output_file, &mut answered)?;
+    let skip = move |id: &JobId| answered.contains(&id.digest());
+    let retriever =
+        produce::retriever(&options.retrieval, &options.source, options.model.model_path.as_ref())?;
+    let contexts = producer::contexts(&options.source, retriever, skip)?;
+    let stats = Arc::<Stats>::default();
+    let said = Said::start(fleet, &template.run, model, &stats);
+    let queues = (fleet.jobs(model), fleet.outcomes(None));
+    let publisher = Publisher::new(template, queues).with_stats(stats);
+    let mut report = |bad: &BadInput| rejects.add(bad);
+    let published = producer::publish(contexts, &publisher, over, &mut report).await;
+    said.end(published.is_ok() && !over.is_cancelled()).await;
+    Ok(published?)
+}
+
+fn start_workers(
+    options: &RunOptions,
+    fleet: &Fleet,
+    engine: &EngineConfig,
+    over: &CancellationToken,
+) -> Workers {
+    let mut workers = Workers::new();
+    for rank in 0..options.workers {
+        let worker = Worker {
+            rank,
+            device: Device::Cpu,
+            max_attempts: options.max_attempts,
+            // The user's second interrupt ends it.
+            drain_timeout: Duration::MAX,
+            fleet: fleet.clone(),
+            stats: Arc::default(),
+            health: Health::default(),
+            shutdown: over.clone(),
+            last_words: None,
+        };
+        let backend = EngineBackend { engine: engine.clone(), device: Device::Cpu };
+        workers.spawn(worker.run(backend, engine::model_name(&engine.model_path)));
+    }
+    workers
+}
+
+/// Shows the statistics, and says what the output holds now.
+fn tell(
+    options: &RunOptions,
+    collected: Option<Collected>,
+    published: Published,
+    interrupted: bool,
+) -> anyhow::Result<ExitCode> {
+    let Some(Collected { report, elapsed, lines, failed }) = collected else {
+        return Ok(ExitCode::from(INTERRUPTED));
+    };
+    telemetry::print(&report.statistics(elapsed).to_string()).context("cannot write to stdout")?;
+    if let Some(path) = &options.statistics_file {
+        Statistics::of(&report, elapsed).write(path)?;
+    }
+    let path = options.output_file.display();
+    tracing::info!("{path} has {lines} lines, {failed} of them failed");
+    Ok(if interrupted {
+        tracing::warn!("interrupted; the same command goes on");
+        ExitCode::from(INTERRUPTED)
+    } else if failed > 0 || published.rejected > 0 {
+        ExitCode::from(FINISHED_WITH_FAILURES)
+    } else {
+        ExitCode::SUCCESS
+    })
+}
