@@ -44,11 +44,12 @@ fn full_outcome_stream_keeps_the_jobs_that_are_held_and_takes_no_others() {
         let run = run(state, "r");
         (run["in_flight"].as_u64(), run["queued"].as_u64()) == (Some(4), Some(86))
     };
-    let since = fleet.wait_for("a full stream", held)["workers"][0]["seen_at"].as_f64().unwrap();
+    let seen = |state: &Value| state["workers"][0]["seen_at"].as_f64();
+    let before = fleet.wait_for("a full stream", |state| held(state) && seen(state).is_some());
     // Three leases later nothing has changed.
     let later = fleet.wait_for("three leases", |state| {
         assert!(held(state), "{state:#}");
-        state["workers"][0]["seen_at"].as_f64().unwrap() > since + 6.0
+        seen(state).unwrap() > seen(&before).unwrap() + 6.0
     });
     assert_eq!(later["workers"][0]["is_silent"], false);
     assert_eq!(outsider.state(RESULTS).messages, 10);
@@ -79,7 +80,8 @@ fn jobs_published_again_after_the_duplicate_window_are_written_once() {
 fn garbage_from_outside_is_put_aside_and_harms_nobody() {
     let (fleet, outsider) = with_outsider();
     fleet.place.write_queries("queries.jsonl", 60);
-    let garbage: [&[u8]; 5] = [b"", b"garbage", b"{\"id\":\"q1\"}", b"\x81\xa7version\x01", b"\xff"];
+    let garbage: [&[u8]; 5] =
+        [b"", b"garbage", b"{\"id\":\"q1\"}", b"\x81\xa7version\x01", b"\xff"];
     for bytes in garbage {
         outsider.publish("flotilla.jobs.flotilla-reader.r", bytes);
         outsider.publish("flotilla.results.r", bytes);
@@ -123,7 +125,8 @@ fn sixty_four_workers_joined_and_killed_at_random_lose_nothing() {
     fleet.place.write_queries("queries.jsonl", 3_000);
     fleet.produce("");
     let collector = fleet.collect("--until-done");
-    let join = || fleet.spawn(&format!("work --backend noop --noop-latency 300 --noop-slots 2 {LEASE}"));
+    let join =
+        || fleet.spawn(&format!("work --backend noop --noop-latency 300 --noop-slots 2 {LEASE}"));
     let mut workers: Vec<Process> = (0..64).map(|_| join()).collect();
     for lines in (100..2_500).step_by(100) {
         collector.wait_for("written", lines);

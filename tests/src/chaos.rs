@@ -110,7 +110,7 @@ impl<'a> Round<'a> {
         self.wait_until(self.started + settings.time)?;
         let faults_ended = Instant::now();
         for (_, remedy) in std::mem::take(&mut self.remedies) {
-            self.fleet.remedy(remedy);
+            self.fleet.remedy(&remedy);
         }
         let mut ids = Vec::new();
         for feed in std::mem::take(&mut self.feeds) {
@@ -147,7 +147,7 @@ impl<'a> Round<'a> {
                 std::mem::take(&mut self.remedies).into_iter().partition(|(at, _)| *at <= now);
             self.remedies = later;
             for (_, remedy) in due {
-                self.fleet.remedy(remedy);
+                self.fleet.remedy(&remedy);
             }
             for (at, _) in &self.remedies {
                 next = next.min(at.saturating_duration_since(now));

@@ -22,8 +22,8 @@ impl Outsider {
             .enable_all()
             .build()
             .unwrap();
-        let client = runtime.block_on(async_nats::connect(url)).unwrap();
-        Self { context: jetstream::new(client), runtime }
+        let connecting = async { jetstream::new(async_nats::connect(url).await.unwrap()) };
+        Self { context: runtime.block_on(connecting), runtime }
     }
 
     /// Publishes any bytes, and waits until they are stored.
@@ -38,7 +38,8 @@ impl Outsider {
     /// Changes the settings of a stream.
     pub fn change(&self, stream: &str, change: impl FnOnce(&mut Config)) {
         let changing = async {
-            let mut config = self.context.get_stream(stream).await.unwrap().cached_info().config.clone();
+            let mut config =
+                self.context.get_stream(stream).await.unwrap().cached_info().config.clone();
             change(&mut config);
             self.context.update_stream(config).await.unwrap();
         };

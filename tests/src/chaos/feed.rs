@@ -65,7 +65,8 @@ impl Feed {
             while !has_stopped(stopped, WRITE_INTERVAL) {
                 for _ in 0..random.random_range(0..4) {
                     let repeated = random.random_bool(0.02) && !ids.is_empty();
-                    let number = if repeated { random.random_range(0..ids.len()) } else { ids.len() };
+                    let number =
+                        if repeated { random.random_range(0..ids.len()) } else { ids.len() };
                     let line = line(&file_id(number));
                     let cut = random.random_range(0..line.len());
                     let cut = if random.random_bool(0.1) { cut } else { line.len() };

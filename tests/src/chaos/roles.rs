@@ -92,8 +92,7 @@ impl Fleet {
     pub(super) fn start(settings: &Settings) -> Self {
         let (nats, redis) = (NatsServer::start(), RedisServer::start());
         let upstreams = [nats.address(); 5].into_iter().chain([redis.address()]);
-        let links =
-            upstreams.map(|to| Link { proxy: Proxy::start(to), is_bad: false }).collect();
+        let links = upstreams.map(|to| Link { proxy: Proxy::start(to), is_bad: false }).collect();
         let mut fleet = Self {
             program: settings.program.clone(),
             dir: tempfile::tempdir().unwrap(),
@@ -143,7 +142,7 @@ impl Fleet {
             Role::Worker => (
                 number % 2,
                 format!(
-                    "work --backend noop --noop-latency 80 --noop-slots 8 --drain-timeout 1 {LEASE}"
+                    "work --backend noop --noop-latency 300 --noop-slots 16 --drain-timeout 1 {LEASE}"
                 ),
             ),
             Role::Producer => {
@@ -312,10 +311,10 @@ impl Fleet {
     }
 
     /// A fault ends.
-    pub(super) fn remedy(&mut self, remedy: Remedy) {
+    pub(super) fn remedy(&mut self, remedy: &Remedy) {
         match remedy {
             Remedy::Continue(name) => {
-                if let Some(member) = self.members.iter().find(|member| member.name == name) {
+                if let Some(member) = self.members.iter().find(|member| member.name == *name) {
                     member.process.cont();
                 }
             }
@@ -324,8 +323,8 @@ impl Fleet {
             Remedy::Redis => self.redis.restart(),
             Remedy::RedisContinues => self.redis.cont(),
             Remedy::Mend(link) => {
-                self.links[link].proxy.pass();
-                self.links[link].is_bad = false;
+                self.links[*link].proxy.pass();
+                self.links[*link].is_bad = false;
             }
         }
         match remedy {
