@@ -57,9 +57,26 @@ fn redis_with_a_full_disk_is_waited_for_and_doubles_nothing() {
     let _worker = fleet.noop("--noop-latency 20 --noop-slots 4");
     collector.wait_for("written", 50);
     // A limit of its files' sizes stands for the full disk.
-    fleet.redis.limit_file_size(Some(1024));
+    fleet.redis.process().limit_file_size(Some(1024));
     fleet.redis.process().wait_for("Error writing to the AOF file", 1);
     collector.wait_for("redis can't serve", 1);
-    fleet.redis.limit_file_size(None);
+    fleet.redis.process().limit_file_size(None);
     fleet.assert_done(&collector, 600);
+}
+
+#[test]
+fn nats_server_with_a_full_disk_is_waited_for_and_loses_nothing() {
+    let fleet = Fleet::start();
+    fleet.place.write_queries("queries.jsonl", 2_000);
+    let collector = fleet.collect("--until-done");
+    let _worker = fleet.noop("--noop-latency 20 --noop-slots 8");
+    let producer = fleet.spawn("produce --queries-file queries.jsonl --run r --window 4");
+    collector.wait_for("written", 50);
+    fleet.nats.process().limit_file_size(Some(1024));
+    // A block of messages, then the state of who has what.
+    fleet.nats.process().wait_for("file too large", 5);
+    producer.wait_for("has not confirmed a message", 1);
+    fleet.nats.process().limit_file_size(None);
+    fleet.assert_done(&collector, 2_000);
+    assert_eq!(producer.wait(DEADLINE).code(), Some(0), "{}", producer.log());
 }

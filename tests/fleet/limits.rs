@@ -44,7 +44,10 @@ fn full_outcome_stream_keeps_the_jobs_that_are_held_and_takes_no_others() {
         let run = run(state, "r");
         (run["in_flight"].as_u64(), run["queued"].as_u64()) == (Some(4), Some(86))
     };
-    let seen = |state: &Value| state["workers"][0]["seen_at"].as_f64();
+    let seen = |state: &Value| {
+        let ago = state["workers"][0]["last_seen_seconds"].as_f64()?;
+        Some(state["at"].as_f64()? - ago)
+    };
     let before = fleet.wait_for("a full stream", |state| held(state) && seen(state).is_some());
     // Three leases later nothing has changed.
     let later = fleet.wait_for("three leases", |state| {

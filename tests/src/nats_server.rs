@@ -4,12 +4,11 @@
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::process::{DEADLINE, Process, free_port, server_binary};
+use crate::process::{DEADLINE, Process, free_port, with_failing_writes};
 
 /// What differs from a plain server.
 #[derive(Clone, Debug, Default)]
@@ -143,8 +142,7 @@ impl NatsServer {
     fn try_start(&mut self) -> bool {
         let file = self.dir.path().join("nats.conf");
         std::fs::write(&file, self.config()).unwrap();
-        let process =
-            Process::start(Command::new(server_binary("nats-server")).arg("-c").arg(&file));
+        let process = Process::start(with_failing_writes("nats-server").arg("-c").arg(&file));
         let ready = process.has_line("Server is ready", 1, DEADLINE);
         self.process = Some(process);
         ready

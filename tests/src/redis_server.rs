@@ -3,12 +3,11 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
-use rustix::process::{Pid, Resource, Rlimit, Signal, prlimit};
+use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::process::{DEADLINE, Process, free_port, server_binary};
+use crate::process::{DEADLINE, Process, free_port, with_failing_writes};
 
 /// A running (or killed) redis-server.
 pub struct RedisServer {
@@ -139,13 +138,6 @@ impl RedisServer {
         self.dir.path()
     }
 
-    /// Lets it write no file beyond `bytes`, as if its disk were full; or any again.
-    pub fn limit_file_size(&self, bytes: Option<u64>) {
-        let pid = i32::try_from(self.process().pid()).ok().and_then(Pid::from_raw);
-        let limit = Rlimit { current: bytes, maximum: None };
-        prlimit(pid, Resource::Fsize, limit).unwrap();
-    }
-
     /// Its process, which must run.
     pub fn process(&self) -> &Process {
         self.process.as_ref().expect("the server was killed")
@@ -163,11 +155,8 @@ impl RedisServer {
     /// Whether it is ready now.
     fn try_start(&mut self) -> bool {
         std::fs::create_dir_all(self.data()).unwrap();
-        // A write beyond a limit of the file size is to fail, not to kill.
-        let mut command = Command::new("bash");
+        let mut command = with_failing_writes("redis-server");
         command
-            .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""])
-            .arg(server_binary("redis-server"))
             .args(["--bind", "127.0.0.1", "--port", &self.port.to_string()])
             .arg("--unixsocket")
             .arg(self.socket())

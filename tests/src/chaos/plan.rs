@@ -31,6 +31,8 @@ pub enum Kind {
     NatsKilled,
     /// SIGSTOP of nats-server, then SIGCONT.
     NatsStopped,
+    /// nats-server can write nothing more, as on a full disk, for a while.
+    NatsFull,
     /// kill -9 of redis-server; it comes back with its data.
     RedisKilled,
     /// FLUSHALL.
@@ -39,6 +41,8 @@ pub enum Kind {
     RedisRestored,
     /// SIGSTOP of redis-server, then SIGCONT.
     RedisStopped,
+    /// redis-server can write nothing more, as on a full disk, for a while.
+    RedisFull,
     /// A link is cut without a reset; what was sent arrives once it is mended.
     LinkHeld,
     /// What a server answers is lost; then the connections are reset.
@@ -53,7 +57,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 21] = [
         Self::WorkerKilled,
         Self::WorkerStopped,
         Self::WorkerLeft,
@@ -64,10 +68,12 @@ impl Kind {
         Self::ListenerKilled,
         Self::NatsKilled,
         Self::NatsStopped,
+        Self::NatsFull,
         Self::RedisKilled,
         Self::RedisFlushed,
         Self::RedisRestored,
         Self::RedisStopped,
+        Self::RedisFull,
         Self::LinkHeld,
         Self::RepliesLost,
         Self::LinkReset,
@@ -97,10 +103,12 @@ impl fmt::Display for Kind {
             Self::ListenerKilled => "listening producer killed and run again",
             Self::NatsKilled => "nats-server killed",
             Self::NatsStopped => "nats-server stopped for a while",
+            Self::NatsFull => "nats-server's disk full",
             Self::RedisKilled => "redis-server killed",
             Self::RedisFlushed => "redis-server flushed",
             Self::RedisRestored => "redis-server restored from an older copy",
             Self::RedisStopped => "redis-server stopped for a while",
+            Self::RedisFull => "redis-server's disk full",
             Self::LinkHeld => "link cut without a reset",
             Self::RepliesLost => "replies of a server lost",
             Self::LinkReset => "link reset",

@@ -24,6 +24,8 @@ const LEASE: &str = "--lease 2";
 const MAX_COPIES: usize = 3;
 /// The producers' exit code after a signal.
 const INTERRUPTED: i32 = 130;
+/// Files that a server with a full disk can still write: those up to this size.
+const FULL: u64 = 1024;
 /// How slow a slow link is.
 const SLOW: Duration = Duration::from_millis(60);
 
@@ -58,10 +60,14 @@ pub(super) enum Remedy {
     Nats,
     /// nats-server goes on.
     NatsContinues,
+    /// nats-server can write again.
+    NatsWrites,
     /// redis-server comes back.
     Redis,
     /// redis-server goes on.
     RedisContinues,
+    /// redis-server can write again.
+    RedisWrites,
     /// This link is mended.
     Mend(usize),
 }
@@ -212,11 +218,11 @@ impl Fleet {
                 });
                 remedy.is_some()
             }
-            Kind::NatsKilled | Kind::NatsStopped => {
+            Kind::NatsKilled | Kind::NatsStopped | Kind::NatsFull => {
                 remedy = self.hit_nats(fault.kind);
                 remedy.is_some()
             }
-            Kind::RedisKilled | Kind::RedisStopped => {
+            Kind::RedisKilled | Kind::RedisStopped | Kind::RedisFull => {
                 remedy = self.hit_redis(fault.kind);
                 remedy.is_some()
             }
@@ -247,12 +253,20 @@ impl Fleet {
             return None;
         }
         self.nats_is_bad = true;
-        if kind == Kind::NatsStopped {
-            self.nats.stop();
-            return Some(Remedy::NatsContinues);
+        match kind {
+            Kind::NatsStopped => {
+                self.nats.stop();
+                Some(Remedy::NatsContinues)
+            }
+            Kind::NatsFull => {
+                self.nats.process().limit_file_size(Some(FULL));
+                Some(Remedy::NatsWrites)
+            }
+            _ => {
+                self.nats.kill();
+                Some(Remedy::Nats)
+            }
         }
-        self.nats.kill();
-        Some(Remedy::Nats)
     }
 
     fn hit_redis(&mut self, kind: Kind) -> Option<Remedy> {
@@ -261,12 +275,20 @@ impl Fleet {
         }
         self.keep_copy();
         self.redis_is_bad = true;
-        if kind == Kind::RedisStopped {
-            self.redis.stop();
-            return Some(Remedy::RedisContinues);
+        match kind {
+            Kind::RedisStopped => {
+                self.redis.stop();
+                Some(Remedy::RedisContinues)
+            }
+            Kind::RedisFull => {
+                self.redis.process().limit_file_size(Some(FULL));
+                Some(Remedy::RedisWrites)
+            }
+            _ => {
+                self.redis.kill();
+                Some(Remedy::Redis)
+            }
         }
-        self.redis.kill();
-        Some(Remedy::Redis)
     }
 
     fn turn_redis_back(&mut self, kind: Kind) -> bool {
@@ -320,16 +342,20 @@ impl Fleet {
             }
             Remedy::Nats => self.nats.restart(),
             Remedy::NatsContinues => self.nats.cont(),
+            Remedy::NatsWrites => self.nats.process().limit_file_size(None),
             Remedy::Redis => self.redis.restart(),
             Remedy::RedisContinues => self.redis.cont(),
+            Remedy::RedisWrites => self.redis.process().limit_file_size(None),
             Remedy::Mend(link) => {
                 self.links[*link].proxy.pass();
                 self.links[*link].is_bad = false;
             }
         }
         match remedy {
-            Remedy::Nats | Remedy::NatsContinues => self.nats_is_bad = false,
-            Remedy::Redis | Remedy::RedisContinues => self.redis_is_bad = false,
+            Remedy::Nats | Remedy::NatsContinues | Remedy::NatsWrites => self.nats_is_bad = false,
+            Remedy::Redis | Remedy::RedisContinues | Remedy::RedisWrites => {
+                self.redis_is_bad = false;
+            }
             Remedy::Continue(_) | Remedy::Mend(_) => {}
         }
     }

@@ -23,6 +23,7 @@ mod control;
 mod dead;
 mod delivery;
 mod error;
+mod forgotten;
 mod publish;
 mod pull;
 mod queue;

@@ -80,25 +80,29 @@ impl Fleet {
 
     /// The models that have, or had lately, a worker.
     pub async fn consumers(&self) -> Result<Vec<ConsumerStatus>, FleetError> {
-        let mut all: Vec<ConsumerStatus> = Vec::new();
-        let mut offset = 0;
+        let infos = self.consumer_infos(JOBS).await?;
+        let mut all: Vec<ConsumerStatus> = infos.iter().filter_map(consumer_status).collect();
+        all.sort_by(|one, other| one.model.cmp(&other.model));
+        Ok(all)
+    }
+
+    /// The consumers of a stream.
+    pub(super) async fn consumer_infos(&self, stream: &str) -> Result<Vec<Info>, FleetError> {
+        let mut all = Vec::new();
         loop {
-            let path = format!("CONSUMER.LIST.{JOBS}");
-            let page = self.shared.api::<Consumers>(path, &json!({ "offset": offset })).await;
+            let path = format!("CONSUMER.LIST.{stream}");
+            let page = self.shared.api::<Consumers>(path, &json!({ "offset": all.len() })).await;
             let page = match page {
-                Err(error) if error.code() == Some(code::STREAM_NOT_FOUND) => break,
+                Err(error) if error.code() == Some(code::STREAM_NOT_FOUND) => return Ok(all),
                 page => page.map_err(|error| FleetError::server("list the consumers", error))?,
             };
             let infos = page.consumers.unwrap_or_default();
-            offset += infos.len() as u64;
-            let is_last = infos.is_empty() || offset >= page.total;
-            all.extend(infos.iter().filter_map(consumer_status));
-            if is_last {
-                break;
+            let is_last = infos.is_empty();
+            all.extend(infos);
+            if is_last || all.len() as u64 >= page.total {
+                return Ok(all);
             }
         }
-        all.sort_by(|one, other| one.model.cmp(&other.model));
-        Ok(all)
     }
 
     /// Tells about a worker.
@@ -129,7 +133,7 @@ impl Fleet {
     }
 
     /// Messages of a stream by subject, where there are any.
-    async fn count(
+    pub(super) async fn count(
         &self,
         stream: &str,
         subjects: &str,

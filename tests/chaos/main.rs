@@ -11,7 +11,7 @@ use flotilla_tests::chaos::{self, Settings};
 const USAGE: &str = "usage: chaos [--minutes N] [--seed N] [--program FILE] [--workers N] [--fault-interval SECONDS]
   --minutes N               how long faults happen [default: 5]
   --seed N                  what the faults are made from [default: a new one, which is told]
-  --program FILE            flotilla [default: the one beside this program]
+  --program FILE            flotilla [default: the one that was built with this program]
   --workers N               workers at first [default: 8]
   --fault-interval SECONDS  between two faults, on the average [default: 0.7]";
 
@@ -39,8 +39,10 @@ fn main() -> ExitCode {
 
 fn settings(mut args: impl Iterator<Item = String>) -> Result<Settings, String> {
     let this = std::env::current_exe().map_err(|error| error.to_string())?;
+    // This one lies in <profile>/examples.
+    let built = this.ancestors().nth(2).unwrap_or(&this);
     let mut settings = Settings {
-        program: this.with_file_name("flotilla"),
+        program: built.join("flotilla"),
         seed: rand::random_range(0..1_000_000),
         time: Duration::from_secs(300),
         fault_interval: Duration::from_millis(700),
