@@ -58,6 +58,7 @@ impl Feed {
 
     /// Appends queries to `path`, some of them in two pieces and some of them twice.
     pub(super) fn file(path: PathBuf, seed: u64) -> Self {
+        let text = |error: std::io::Error| error.to_string();
         Self::start(move |stopped| {
             let mut random = StdRng::seed_from_u64(seed);
             let mut file = OpenOptions::new().append(true).create(true).open(path).map_err(text)?;
@@ -118,10 +119,6 @@ fn file_id(number: usize) -> String {
 
 fn line(id: &str) -> String {
     format!("{}\n", json!({ "id": id, "query": format!("What is {id}?") }))
-}
-
-fn text(error: std::io::Error) -> String {
-    error.to_string()
 }
 
 /// Waits for the word to stop, for at most `limit`; whether it came by now.
