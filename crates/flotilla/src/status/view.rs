@@ -186,3 +186,78 @@ fn worker(status: &WorkerStatus, now: f64) -> WorkerView {
 fn is_silent(status: &WorkerStatus, now: f64) -> bool {
     now - status.seen_at > (MAX_MISSED * status.stats_interval).max(MIN_SILENCE)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NOW: f64 = 1_000.0;
+
+    fn name(run: &str) -> RunId {
+        RunId(run.to_owned())
+    }
+
+    fn said(run: &str, role: Role, seen_at: f64) -> RunStatus {
+        RunStatus { run: name(run), role, seen_at, ..RunStatus::default() }
+    }
+
+    fn holding(run: &str, held: u64, seen_at: f64) -> WorkerStatus {
+        let held = [(name(run), held)].into();
+        WorkerStatus { held, seen_at, stats_interval: 2.0, ..WorkerStatus::default() }
+    }
+
+    fn gathered() -> Gathered {
+        Gathered {
+            jobs: [(("m".to_owned(), name("r")), 50)].into(),
+            outcomes: [(name("r"), 5)].into(),
+            dead: [(name("old"), 2)].into(),
+            now: NOW,
+            ..Gathered::default()
+        }
+    }
+
+    #[test]
+    fn jobs_held_by_live_workers_are_in_flight_and_the_others_queued() {
+        let workers = vec![holding("r", 8, NOW - 1.0), holding("r", 30, NOW - 60.0)];
+        let view = View::of(&Gathered { workers, ..gathered() }, None);
+        let run = &view.runs[1];
+        assert_eq!((run.queued, run.in_flight, run.unwritten), (42, 8, 5));
+        assert_eq!(run.models, ["m"]);
+        assert_eq!(view.workers.iter().filter(|worker| worker.is_silent).count(), 1);
+    }
+
+    #[test]
+    fn more_held_than_queued_is_a_late_word() {
+        let workers = vec![holding("r", 80, NOW)];
+        let view = View::of(&Gathered { workers, ..gathered() }, None);
+        assert_eq!((view.runs[1].queued, view.runs[1].in_flight), (0, 50));
+    }
+
+    #[test]
+    fn time_left_counts_what_the_producer_has_not_published_yet() {
+        let producer = RunStatus { total: Some(1_000), ..said("r", Role::Producer, NOW) };
+        let collector =
+            RunStatus { done: 400, rate: 10.0, ..said("r", Role::Collector, NOW - 1.0) };
+        let runs = vec![producer, collector.clone()];
+        let view = View::of(&Gathered { runs, ..gathered() }, None);
+        assert_eq!(view.runs[1].eta_seconds, Some(60.0));
+        // Without its word, what is queued is what is left.
+        let view = View::of(&Gathered { runs: vec![collector], ..gathered() }, None);
+        assert_eq!(view.runs[1].eta_seconds, Some(5.0));
+    }
+
+    #[test]
+    fn a_collector_that_is_silent_collects_nothing() {
+        let collector = RunStatus { rate: 10.0, ..said("r", Role::Collector, NOW - 60.0) };
+        let view = View::of(&Gathered { runs: vec![collector], ..gathered() }, None);
+        assert!(!view.runs[1].is_collected);
+        assert_eq!(view.runs[1].eta_seconds, None);
+    }
+
+    #[test]
+    fn runs_with_nothing_but_dead_letters_are_shown_and_one_can_be_asked_for() {
+        let view = View::of(&gathered(), None);
+        assert_eq!((view.runs[0].run.as_str(), view.runs[0].dead), ("old", 2));
+        assert_eq!(View::of(&gathered(), Some(&name("r"))).runs.len(), 1);
+    }
+}

@@ -101,7 +101,7 @@ impl Received {
         let letter = super::dead::letter(self, fleet, reason);
         let storing = fleet.shared.store(&letter);
         let mut storing = std::pin::pin!(storing);
-        let mut signs = tokio::time::interval(lease / 3);
+        let mut signs = tokio::time::interval((lease / 3).max(MIN_RETRY_DELAY));
         loop {
             tokio::select! {
                 stored = &mut storing => break stored?,
