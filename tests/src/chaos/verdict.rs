@@ -66,18 +66,25 @@ impl fmt::Display for Report {
         let again = counted.jobs.saturating_sub(lines.count);
         let redeliveries = counted.deliveries.saturating_sub(counted.jobs);
         let repeats = counted.outcomes.saturating_sub(lines.count);
-        writeln!(f, "  {:>7} queries, {:>7} lines", lines.count, lines.count)?;
-        writeln!(f, "  {:>7} jobs stored, {again} of them published again", counted.jobs)?;
+        let share = |part: u64| 100.0 * part as f64 / lines.count.max(1) as f64;
+        writeln!(f, "  {:>7} queries, each with its line", lines.count)?;
+        writeln!(
+            f,
+            "  {:>7} jobs stored, {again} of them published again by producers that were run again",
+            counted.jobs
+        )?;
         writeln!(
             f,
             "  {:>7} deliveries, {redeliveries} of them again; {} lines needed more than one, none more than {}",
             counted.deliveries, lines.redelivered, lines.max_attempts
         )?;
-        let share = 100.0 * repeats as f64 / (lines.count.max(1)) as f64;
         writeln!(
             f,
-            "  {:>7} answers stored, {repeats} of them work done twice ({share:.1} %), dropped as duplicates",
-            counted.outcomes
+            "  {:>7} answers stored, {repeats} of them work done twice ({:.1} %) and dropped: {again} for jobs published again, {} for jobs delivered again ({:.1} %)",
+            counted.outcomes,
+            share(repeats),
+            repeats.saturating_sub(again),
+            share(repeats.saturating_sub(again))
         )?;
         write!(
             f,
