@@ -7,7 +7,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use async_nats::jetstream;
-use async_nats::jetstream::consumer::PullConsumer;
 use serde_json::Value;
 use shared::queue::nats::NatsConfig;
 use tokio::runtime::Runtime;
@@ -37,8 +36,6 @@ pub struct Report {
 pub struct Counted {
     /// Jobs stored, those of repeated publishes included that the queue no longer knew.
     pub jobs: u64,
-    /// Deliveries of jobs.
-    pub deliveries: u64,
     /// Outcomes stored: answers that were computed and published.
     pub outcomes: u64,
 }
@@ -50,6 +47,8 @@ pub struct Lines {
     pub count: u64,
     /// Those whose job was delivered more than once.
     pub redelivered: u64,
+    /// Deliveries of those jobs beyond the first, as far as the lines know.
+    pub redeliveries: u64,
     /// Most deliveries of one job.
     pub max_attempts: u64,
 }
@@ -64,7 +63,6 @@ impl fmt::Display for Report {
             writeln!(f, "          {count:>5}  {kind}")?;
         }
         let again = counted.jobs.saturating_sub(lines.count);
-        let redeliveries = counted.deliveries.saturating_sub(counted.jobs);
         let repeats = counted.outcomes.saturating_sub(lines.count);
         let share = |part: u64| 100.0 * part as f64 / lines.count.max(1) as f64;
         writeln!(f, "  {:>7} queries, each with its line", lines.count)?;
@@ -75,8 +73,8 @@ impl fmt::Display for Report {
         )?;
         writeln!(
             f,
-            "  {:>7} deliveries, {redeliveries} of them again; {} lines needed more than one, none more than {}",
-            counted.deliveries, lines.redelivered, lines.max_attempts
+            "  {:>7} deliveries beyond the first, of {} jobs that became lines, at most {} of one job",
+            lines.redeliveries, lines.redelivered, lines.max_attempts
         )?;
         writeln!(
             f,
@@ -140,7 +138,6 @@ impl Watch {
         let counting = async {
             let context = jetstream::new(async_nats::connect(&self.url).await?);
             let jobs = context.get_stream("FLOTILLA_JOBS").await?;
-            let mut consumer: PullConsumer = jobs.get_consumer("jobs-flotilla-reader").await?;
             let dead = context.get_stream("FLOTILLA_DEAD").await?;
             if dead.cached_info().state.messages > 0 {
                 return Err("there are dead letters".into());
@@ -148,7 +145,6 @@ impl Watch {
             let results = context.get_stream("FLOTILLA_RESULTS").await?;
             Ok(Counted {
                 jobs: jobs.cached_info().state.last_sequence,
-                deliveries: consumer.info().await?.delivered.consumer_sequence,
                 outcomes: results.cached_info().state.last_sequence,
             })
         };
@@ -162,7 +158,7 @@ impl Watch {
         if !text.ends_with('\n') && !text.is_empty() {
             return Err("the last line is torn".to_owned());
         }
-        let mut lines = Lines { count: 0, redelivered: 0, max_attempts: 0 };
+        let mut lines = Lines { count: 0, redelivered: 0, redeliveries: 0, max_attempts: 0 };
         let mut seen = BTreeSet::new();
         for (number, line) in text.lines().enumerate() {
             let wrong = |what: &str| format!("line {}: {what}: {line}", number + 1);
@@ -180,6 +176,7 @@ impl Watch {
             let attempts = line["attempts"].as_u64().unwrap_or_default();
             lines.count += 1;
             lines.redelivered += u64::from(attempts > 1);
+            lines.redeliveries += attempts.saturating_sub(1);
             lines.max_attempts = lines.max_attempts.max(attempts);
         }
         let missing: Vec<&String> = self.ids.difference(&seen).collect();
