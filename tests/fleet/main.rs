@@ -3,6 +3,7 @@
 
 mod chaos;
 mod deaths;
+mod docs;
 mod faults;
 mod happy_path;
 mod harness;
