@@ -67,16 +67,19 @@ fn redis_with_a_full_disk_is_waited_for_and_doubles_nothing() {
 #[test]
 fn nats_server_with_a_full_disk_is_waited_for_and_loses_nothing() {
     let fleet = Fleet::start();
-    fleet.place.write_queries("queries.jsonl", 2_000);
-    let collector = fleet.collect("--until-done");
-    let _worker = fleet.noop("--noop-latency 20 --noop-slots 8");
-    let producer = fleet.spawn("produce --queries-file queries.jsonl --run r --window 4");
+    fleet.place.write_queries("queries.jsonl", 1_000);
+    fleet.produce("");
+    let collector = fleet.collect("");
+    let _worker = fleet.noop("--noop-latency 20 --noop-slots 4");
     collector.wait_for("written", 50);
     fleet.nats.process().limit_file_size(Some(1024));
-    // A block of messages, then the state of who has what.
-    fleet.nats.process().wait_for("file too large", 5);
+    fleet.place.write_queries("queries.jsonl", 2_000);
+    let producer = fleet.spawn("produce --queries-file queries.jsonl --run r --window 4");
     producer.wait_for("has not confirmed a message", 1);
+    fleet.nats.process().wait_for("file too large", 5);
     fleet.nats.process().limit_file_size(None);
-    fleet.assert_done(&collector, 2_000);
     assert_eq!(producer.wait(DEADLINE).code(), Some(0), "{}", producer.log());
+    collector.wait_for("written", 2_000);
+    collector.kill();
+    fleet.assert_done(&fleet.collect("--until-done"), 2_000);
 }
