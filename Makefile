@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test check bench servers up down
+.PHONY: help demo test check bench chaos servers up down
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -17,6 +17,12 @@ servers: ## nats-server and redis-server for the tests, fetched where they are m
 
 test: servers ## everything the tests need, then all tests
 	cargo test --workspace
+
+MINUTES ?= 5
+
+chaos: servers ## kill, stop and cut off a whole fleet at random: make chaos [MINUTES=5] [SEED=n]
+	cargo build --release --workspace --bin flotilla --example chaos
+	"$${CARGO_TARGET_DIR:-target}/release/examples/chaos" --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 up: ## run nats-server and redis-server on this machine, without Docker
 	@scripts/servers.sh up

@@ -1,9 +1,13 @@
 //! The fleet end to end: the real program in all its roles, with real servers, killed and cut off.
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
+mod chaos;
+mod deaths;
+mod docs;
 mod faults;
 mod happy_path;
 mod harness;
+mod limits;
 mod listening;
 mod observing;
 mod retrying;

@@ -12,6 +12,7 @@ use shared::{Delivery, Job, Queue, RunId};
 
 mod access;
 mod faults;
+mod forgotten;
 mod nkeys;
 mod rate;
 mod records;

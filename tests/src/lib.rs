@@ -2,12 +2,15 @@
 //! and the real servers, with a bad network before them.
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a failed step is a failed test")]
 
+pub mod chaos;
 pub mod nats_server;
+pub mod outsider;
 pub mod process;
 pub mod proxy;
 pub mod redis_server;
 
 pub use nats_server::{NatsOptions, NatsServer};
+pub use outsider::Outsider;
 pub use process::Process;
 pub use proxy::{Flow, Proxy};
 pub use redis_server::{RedisCopy, RedisServer};

@@ -4,12 +4,11 @@
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::process::{DEADLINE, Process, free_port, server_binary};
+use crate::process::{DEADLINE, Process, free_port, with_failing_writes};
 
 /// What differs from a plain server.
 #[derive(Clone, Debug, Default)]
@@ -113,6 +112,12 @@ impl NatsServer {
         self.process().cont();
     }
 
+    /// Keeps its folder beyond its end, for whoever looks for what went wrong.
+    pub fn keep(&mut self) -> &Path {
+        self.dir.disable_cleanup(true);
+        self.dir.path()
+    }
+
     /// Its process, which must run.
     pub fn process(&self) -> &Process {
         self.process.as_ref().expect("the server was killed")
@@ -137,8 +142,7 @@ impl NatsServer {
     fn try_start(&mut self) -> bool {
         let file = self.dir.path().join("nats.conf");
         std::fs::write(&file, self.config()).unwrap();
-        let process =
-            Process::start(Command::new(server_binary("nats-server")).arg("-c").arg(&file));
+        let process = Process::start(with_failing_writes("nats-server").arg("-c").arg(&file));
         let ready = process.has_line("Server is ready", 1, DEADLINE);
         self.process = Some(process);
         ready

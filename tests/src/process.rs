@@ -10,7 +10,9 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, kill_process, waitid};
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, WaitId, WaitIdOptions, kill_process, prlimit, waitid,
+};
 
 /// Long enough for anything that will happen at all.
 pub const DEADLINE: Duration = Duration::from_secs(60);
@@ -92,6 +94,13 @@ impl Process {
     /// Lets it go on.
     pub fn cont(&self) {
         self.signal(Signal::CONT);
+    }
+
+    /// Lets it write no file beyond `bytes`, as if its disk were full; or any size again. A program
+    /// dies of such a write where [`with_failing_writes`] has not started it.
+    pub fn limit_file_size(&self, bytes: Option<u64>) {
+        let limit = Rlimit { current: bytes, maximum: None };
+        prlimit(Some(self.pid), Resource::Fsize, limit).unwrap();
     }
 
     /// Whether it has not ended yet.
@@ -178,6 +187,14 @@ fn reap_at_end(mut child: Child, shared: &Arc<Shared>) {
             state.status = Some(child.wait().unwrap_or(lost));
         });
     });
+}
+
+/// A server's command. A write beyond a limit of the file size fails in it, as on a full disk, and
+/// doesn't kill it.
+pub fn with_failing_writes(server: &str) -> Command {
+    let mut command = Command::new("bash");
+    command.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(server_binary(server));
+    command
 }
 
 /// A server's binary: where `scripts/servers.sh` puts it, or on `PATH`.

@@ -3,12 +3,11 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::process::{DEADLINE, Process, free_port, server_binary};
+use crate::process::{DEADLINE, Process, free_port, with_failing_writes};
 
 /// A running (or killed) redis-server.
 pub struct RedisServer {
@@ -133,6 +132,12 @@ impl RedisServer {
         self.restart();
     }
 
+    /// Keeps its folder beyond its end, for whoever looks for what went wrong.
+    pub fn keep(&mut self) -> &Path {
+        self.dir.disable_cleanup(true);
+        self.dir.path()
+    }
+
     /// Its process, which must run.
     pub fn process(&self) -> &Process {
         self.process.as_ref().expect("the server was killed")
@@ -150,7 +155,7 @@ impl RedisServer {
     /// Whether it is ready now.
     fn try_start(&mut self) -> bool {
         std::fs::create_dir_all(self.data()).unwrap();
-        let mut command = Command::new(server_binary("redis-server"));
+        let mut command = with_failing_writes("redis-server");
         command
             .args(["--bind", "127.0.0.1", "--port", &self.port.to_string()])
             .arg("--unixsocket")

@@ -20,6 +20,7 @@ use crate::{FAILED, FINISHED_WITH_FAILURES, INTERRUPTED, fleet, signals, telemet
 
 mod all;
 mod control;
+mod forgotten;
 mod one;
 mod page;
 mod tally;

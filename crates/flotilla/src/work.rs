@@ -18,20 +18,23 @@ use crate::cli::fleet::{BackendName, WorkOptions};
 use crate::observe::{self, Health};
 use crate::{cli, fleet, signals};
 
+mod faults;
 mod page;
-mod poison;
 mod said;
 
-use poison::Poisonable;
+use faults::{Faulty, LastWords};
 use said::Identity;
 
 /// Runs `flotilla work`.
 pub(crate) fn main(options: &WorkOptions) -> anyhow::Result<ExitCode> {
-    let devices = gpu_worker::devices(&options.devices)
+    let mut devices = gpu_worker::devices(&options.devices)
         .map_err(|error| cli::Usage(format!("--devices: {error}")))?;
     let engine = match options.hidden.backend {
         BackendName::Engine => Some(options.model.engine_config(devices.len() as u32)?),
-        BackendName::Noop => None,
+        BackendName::Noop => {
+            devices = devices.repeat(options.hidden.noop_workers);
+            None
+        }
     };
     fleet::block_on(work(options, &devices, engine))
 }
@@ -67,6 +70,7 @@ async fn work(
             stats,
             health: health.clone(),
             shutdown: interruption.clone(),
+            last_words: options.hidden.die_after_publish,
         };
         match &engine {
             Some(engine) => {
@@ -81,7 +85,11 @@ async fn work(
                     slots: hidden.noop_slots,
                     model: hidden.noop_model.clone(),
                 };
-                let backend = Poisonable { backend: noop, poison: hidden.noop_poison.clone() };
+                let backend = Faulty {
+                    backend: noop,
+                    poison: hidden.noop_poison.clone(),
+                    hang: hidden.noop_hang.clone(),
+                };
                 workers.spawn(worker.run(backend, hidden.noop_model.clone()));
             }
         }
@@ -108,6 +116,8 @@ pub(crate) struct Worker {
     pub(crate) health: Health,
     /// When to end.
     pub(crate) shutdown: CancellationToken,
+    /// For tests: outcomes after which the process dies.
+    pub(crate) last_words: Option<u64>,
 }
 
 impl Worker {
@@ -133,7 +143,8 @@ impl Worker {
             drain_timeout: self.drain_timeout,
         };
         let fleet = self.fleet.with_worker(&name);
-        let queues = (fleet.jobs(&model), fleet.outcomes(None));
+        let outcomes = LastWords::new(fleet.outcomes(None), self.last_words);
+        let queues = (fleet.jobs(&model), outcomes);
         let (rank, health) = (self.rank, self.health);
         let ready = |model: &str| {
             tracing::info!(worker = rank, name, model, "worker is ready");

@@ -1,5 +1,8 @@
 //! What can be known of a fleet, and asked of a collector.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use futures_util::StreamExt;
 use shared::queue::nats::{ConsumerStatus, FleetError};
 use shared::status::{Reply, Request, Role, RunStatus, WorkerStatus};
@@ -73,7 +76,7 @@ async fn workers_and_runs_tell_about_themselves() {
     let run = |role| RunStatus { run: RunId("r.1".into()), role, done: 7, ..RunStatus::default() };
     fleet.put_run(&run(Role::Producer)).await.unwrap();
     fleet.put_run(&run(Role::Collector)).await.unwrap();
-    assert_eq!(fleet.runs().await.unwrap(), [run(Role::Producer), run(Role::Collector)]);
+    assert_eq!(fleet.runs().await.unwrap(), [run(Role::Collector), run(Role::Producer)]);
 
     server.wipe();
     server.restart();
@@ -145,4 +148,36 @@ async fn outcomes_of_a_run_reach_its_collector_only() {
     assert!(letters[0].job.is_err());
     assert_eq!(letters[0].reason, "cannot write it");
     assert_eq!(fleet.num_dead().await.unwrap()[&RunId("x".into())], 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn worker_that_tells_anew_while_it_is_read_is_told_of_once() {
+    let server = NatsServer::start();
+    let fleet = fleet(&server).await;
+    let ids = ["a", "b", "c", "d"];
+    let worker = |id: &str| WorkerStatus { id: id.into(), ..WorkerStatus::default() };
+    for id in ids {
+        fleet.put_worker(&worker(id)).await.unwrap();
+    }
+    let over = Arc::new(AtomicBool::new(false));
+    let telling = tokio::spawn({
+        let (fleet, over) = (fleet.clone(), Arc::clone(&over));
+        async move {
+            while !over.load(Ordering::Relaxed) {
+                for id in ids {
+                    fleet.put_worker(&worker(id)).await.unwrap();
+                }
+            }
+        }
+    });
+    for _ in 0..100 {
+        let workers = fleet.workers().await.unwrap();
+        let mut told: Vec<&str> = workers.iter().map(|worker| worker.id.as_str()).collect();
+        told.sort_unstable();
+        // One that is told of faster than it is read may be missed, but none comes twice.
+        assert!(told.windows(2).all(|pair| pair[0] < pair[1]), "{told:?}");
+    }
+    over.store(true, Ordering::Relaxed);
+    telling.await.unwrap();
+    assert_eq!(fleet.workers().await.unwrap().len(), ids.len());
 }

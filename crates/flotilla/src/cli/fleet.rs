@@ -99,6 +99,16 @@ pub(crate) struct TestOptions {
     /// Id of a job that aborts the process when the no-op backend begins it.
     #[arg(long, value_name = "ID", hide = true)]
     pub(crate) noop_poison: Option<String>,
+    /// Id of a job with which the no-op backend hangs for good.
+    #[arg(long, value_name = "ID", hide = true)]
+    pub(crate) noop_hang: Option<String>,
+    /// Workers of the no-op backend in this process.
+    #[arg(long, value_name = "N", default_value_t = 1, hide = true)]
+    pub(crate) noop_workers: usize,
+    /// Outcomes after which a worker's process dies, each of them stored and the last one's job not
+    /// yet acked.
+    #[arg(long, value_name = "N", hide = true)]
+    pub(crate) die_after_publish: Option<u64>,
     /// Seconds that a silent worker keeps its jobs.
     #[arg(long, value_name = "SECONDS", default_value = "60", value_parser = parse_seconds, hide = true)]
     pub(crate) lease: Duration,

@@ -12,7 +12,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::tally::{Observed, Tally};
-use super::{Roles, control, until_done};
+use super::{Roles, control, forgotten, until_done};
 use crate::heartbeat::{self, Rate};
 
 /// One run's collector, about to start.
@@ -76,8 +76,15 @@ impl One {
                 () = control::serve(&self.roles.fleet, &self.run, (to_collector, &tally)) => {}
             }
         };
+        let recalled = async {
+            tokio::select! {
+                () = over.cancelled() => {}
+                () = forgotten::recall(&self.roles.fleet) => {}
+            }
+        };
         let saying = self.say(&tally, over.clone());
-        let (collected, (), (), ()) = tokio::join!(collecting, ending, controlled, saying);
+        let (collected, (), (), (), ()) =
+            tokio::join!(collecting, ending, controlled, recalled, saying);
         collected?;
         let (report, elapsed) = observer.finish();
         let (lines, failed) = (collector.num_lines(), collector.num_failed());

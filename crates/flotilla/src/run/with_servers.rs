@@ -130,6 +130,7 @@ fn start_workers(
             stats: Arc::default(),
             health: Health::default(),
             shutdown: over.clone(),
+            last_words: None,
         };
         let backend = EngineBackend { engine: engine.clone(), device: Device::Cpu };
         workers.spawn(worker.run(backend, engine::model_name(&engine.model_path)));

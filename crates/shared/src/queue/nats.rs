@@ -23,6 +23,7 @@ mod control;
 mod dead;
 mod delivery;
 mod error;
+mod forgotten;
 mod handover;
 mod publish;
 mod pull;

@@ -6,14 +6,14 @@ use std::time::Duration;
 use async_nats::jetstream::consumer::Info;
 use async_nats::jetstream::kv;
 use async_nats::jetstream::message::StreamMessage;
-use async_nats::jetstream::stream::RawMessageErrorKind;
+use async_nats::jetstream::stream::{Info as StreamInfo, RawMessageErrorKind};
 use bytes::Bytes;
-use futures_util::{Stream, TryStreamExt, stream};
+use futures_util::{Stream, stream};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::streams::code;
+use super::streams::{Nothing, code};
 use super::{Fleet, FleetError, JOBS, RESULTS, STATUS, dead, run_token};
 use crate::message::RunId;
 use crate::status::{RunStatus, WorkerStatus};
@@ -80,25 +80,29 @@ impl Fleet {
 
     /// The models that have, or had lately, a worker.
     pub async fn consumers(&self) -> Result<Vec<ConsumerStatus>, FleetError> {
-        let mut all: Vec<ConsumerStatus> = Vec::new();
-        let mut offset = 0;
+        let infos = self.consumer_infos(JOBS).await?;
+        let mut all: Vec<ConsumerStatus> = infos.iter().filter_map(consumer_status).collect();
+        all.sort_by(|one, other| one.model.cmp(&other.model));
+        Ok(all)
+    }
+
+    /// The consumers of a stream.
+    pub(super) async fn consumer_infos(&self, stream: &str) -> Result<Vec<Info>, FleetError> {
+        let mut all = Vec::new();
         loop {
-            let path = format!("CONSUMER.LIST.{JOBS}");
-            let page = self.shared.api::<Consumers>(path, &json!({ "offset": offset })).await;
+            let path = format!("CONSUMER.LIST.{stream}");
+            let page = self.shared.api::<Consumers>(path, &json!({ "offset": all.len() })).await;
             let page = match page {
-                Err(error) if error.code() == Some(code::STREAM_NOT_FOUND) => break,
+                Err(error) if error.code() == Some(code::STREAM_NOT_FOUND) => return Ok(all),
                 page => page.map_err(|error| FleetError::server("list the consumers", error))?,
             };
             let infos = page.consumers.unwrap_or_default();
-            offset += infos.len() as u64;
-            let is_last = infos.is_empty() || offset >= page.total;
-            all.extend(infos.iter().filter_map(consumer_status));
-            if is_last {
-                break;
+            let is_last = infos.is_empty();
+            all.extend(infos);
+            if is_last || all.len() as u64 >= page.total {
+                return Ok(all);
             }
         }
-        all.sort_by(|one, other| one.model.cmp(&other.model));
-        Ok(all)
     }
 
     /// Tells about a worker.
@@ -129,7 +133,7 @@ impl Fleet {
     }
 
     /// Messages of a stream by subject, where there are any.
-    async fn count(
+    pub(super) async fn count(
         &self,
         stream: &str,
         subjects: &str,
@@ -201,14 +205,36 @@ impl Fleet {
         }
     }
 
+    /// The records under `keys`, each once, however many are written anew meanwhile.
     async fn records<R: DeserializeOwned>(&self, keys: &str) -> Result<Vec<R>, FleetError> {
-        let messages = self.messages(STATUS_STREAM, format!("$KV.{STATUS}.{keys}"));
-        let read = |message: StreamMessage| async move {
-            let is_removed = message.headers.get(OPERATION).is_some();
-            // A record of another version is nobody's trouble.
-            Ok(serde_json::from_slice(&message.payload).ok().filter(|_| !is_removed))
-        };
-        messages.try_filter_map(read).try_collect().await
+        let keys = format!("$KV.{STATUS}.{keys}");
+        let mut records = BTreeMap::new();
+        let mut from = 1;
+        // What is written anew while it is read moves behind the end of then: it is in the second
+        // part. There is no third, since others may write faster than this reads.
+        for _ in 0..2 {
+            let end = self.last_sequence(STATUS_STREAM).await?;
+            while from <= end {
+                let Some(message) = self.next_message(STATUS_STREAM, &keys, from).await? else {
+                    break;
+                };
+                from = message.sequence + 1;
+                let is_removed = message.headers.get(OPERATION).is_some();
+                // A record of another version is nobody's trouble.
+                let record = serde_json::from_slice(&message.payload).ok();
+                records.insert(message.subject.to_string(), record.filter(|_| !is_removed));
+            }
+        }
+        Ok(records.into_values().flatten().collect())
+    }
+
+    /// Number of the newest message; 0 for a stream that is not there.
+    async fn last_sequence(&self, stream: &str) -> Result<u64, FleetError> {
+        match self.shared.api::<StreamInfo>(format!("STREAM.INFO.{stream}"), &Nothing {}).await {
+            Ok(info) => Ok(info.state.last_sequence),
+            Err(error) if error.code() == Some(code::STREAM_NOT_FOUND) => Ok(0),
+            Err(error) => Err(FleetError::server(format!("tell about stream {stream}"), error)),
+        }
     }
 
     async fn put(&self, key: &str, record: &(impl Serialize + Sync)) -> Result<(), FleetError> {
