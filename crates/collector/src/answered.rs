@@ -1,19 +1,18 @@
 //! Which ids have their line in the output: 16 bytes an id, shared with the producer.
 
-use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use shared::{IdDigest, JobId};
+use shared::{IdDigest, IdTable, JobId};
 
 /// The ids that are in the output. Clones share one set: the collector writes it, the producer
 /// reads it to skip what is answered.
 #[derive(Clone, Debug, Default)]
-pub struct Answered(Arc<Mutex<HashSet<IdDigest>>>);
+pub struct Answered(Arc<Mutex<IdTable>>);
 
 impl Answered {
     /// Whether `id` has its line.
     pub fn contains(&self, id: &JobId) -> bool {
-        self.lock().contains(&id.digest())
+        self.lock().get(&id.digest()).is_some()
     }
 
     /// Number of ids with a line.
@@ -28,13 +27,13 @@ impl Answered {
 
     pub(crate) fn which(&self, ids: &[IdDigest]) -> Vec<bool> {
         let set = self.lock();
-        ids.iter().map(|id| set.contains(id)).collect()
+        ids.iter().map(|id| set.get(id).is_some()).collect()
     }
 
     /// Adds `ids`; gives which of them were there already.
     pub(crate) fn mark(&self, ids: &[IdDigest]) -> Vec<usize> {
         let mut set = self.lock();
-        (0..ids.len()).filter(|&index| !set.insert(ids[index])).collect()
+        (0..ids.len()).filter(|&index| set.insert(ids[index], ()).is_some()).collect()
     }
 
     pub(crate) fn forget(&self, ids: &[IdDigest]) {
@@ -48,7 +47,7 @@ impl Answered {
         self.lock().clear();
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashSet<IdDigest>> {
+    fn lock(&self) -> MutexGuard<'_, IdTable> {
         // A set is whole between two operations, whatever panicked.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -4,7 +4,7 @@
 //! time, on all cores; of what comes slowly, such as a pipe or a file that grows, as many as have
 //! come. A bad record is an item of its own and ends nothing.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Read;
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rayon::prelude::*;
-use shared::{Context, IdDigest, JobId, Query};
+use shared::{Context, IdTable, JobId, Query};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{FollowConfig, SourceConfig};
@@ -353,7 +353,7 @@ fn read_record(content: Result<&[u8], String>, finished: bool) -> Vec<Result<Pen
 
 impl Pending {
     /// Hash of what was asked, to tell a repeat from a conflict.
-    fn body(&self) -> u64 {
+    fn body(&self) -> u32 {
         let mut hasher = DefaultHasher::new();
         match self {
             Self::Query(query) => {
@@ -362,7 +362,8 @@ impl Pending {
             Self::Done(Ok(context)) => (&context.query, &context.context).hash(&mut hasher),
             Self::Done(Err(bad)) => (&bad.query, &bad.reason).hash(&mut hasher),
         }
-        hasher.finish()
+        // Half of it: enough to tell another question under the same id.
+        hasher.finish() as u32
     }
 
     fn id(&self) -> Option<&JobId> {
@@ -374,10 +375,10 @@ impl Pending {
     }
 }
 
-/// The ids that came so far, each with a hash of what came with it: 24 bytes an id.
+/// The ids that came so far, each with a hash of what came with it: 20 bytes an id.
 #[derive(Default)]
 struct Seen {
-    bodies: HashMap<IdDigest, u64>,
+    bodies: IdTable<u32>,
     warned: bool,
 }
 
@@ -393,17 +394,17 @@ impl Seen {
         let Some(id) = pending.id() else {
             return Novelty::New;
         };
-        match self.bodies.insert(id.digest(), pending.body()) {
+        let body = pending.body();
+        match self.bodies.insert(id.digest(), body) {
             None => Novelty::New,
-            Some(earlier) if earlier == pending.body() => {
+            Some(earlier) if earlier == body => {
                 if !self.warned {
                     tracing::warn!(job_id = %id, "a query comes twice; repeats are left out");
                     self.warned = true;
                 }
                 Novelty::Repeat
             }
-            Some(earlier) => {
-                self.bodies.insert(id.digest(), earlier);
+            Some(_) => {
                 let reason = format!("id '{id}' already belongs to another query above");
                 Novelty::Conflict(reason)
             }

@@ -3,11 +3,13 @@
 //!
 //! Depends on nothing heavy, and on none of the roles. The queue on NATS JetStream is a feature, `nats`.
 
+pub mod id_table;
 pub mod message;
 pub mod queue;
 pub mod status;
 pub mod token;
 
+pub use id_table::IdTable;
 pub use message::{
     Completed, Context, Dependencies, DocumentRef, FinishReason, Generation, IdDigest, Job, JobId,
     Outcome, Query, RetrievalMethod, RunId, Settled, WIRE_VERSION, job_seed,

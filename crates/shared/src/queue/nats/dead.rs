@@ -43,7 +43,8 @@ pub struct DeadLetter {
 pub(super) fn letter(received: &Received, fleet: &Fleet, reason: &str) -> Envelope {
     let subject = dead_subject(run_token(&received.subject));
     let id = format!("dead/{}", received.key);
-    let mut envelope = Envelope::new(DEAD, subject, received.payload.clone(), &id);
+    let payload = received.payload.clone();
+    let mut envelope = Envelope::new(DEAD, subject, payload, id.clone()).with_id(Some(&id));
     let cut: String = reason.chars().take(MAX_REASON_CHARS).collect();
     envelope.header(REASON, &cut);
     envelope.header(ATTEMPTS, &received.attempt.to_string());

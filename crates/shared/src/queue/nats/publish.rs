@@ -1,6 +1,6 @@
 //! Storing a message in a stream: once the server has confirmed it, however often it takes.
 //!
-//! The message's id makes a repeated try within the duplicate window a repetition for the server too.
+//! A message's id, if it has one, makes a repeated try within the duplicate window a repetition for the server too.
 //! A full stream is no trouble: one publisher asks again, the others wait behind it.
 
 use std::sync::{Mutex, PoisonError};
@@ -48,11 +48,22 @@ pub(super) struct Envelope {
 }
 
 impl Envelope {
-    /// An envelope whose repeated publish under `id` adds nothing.
-    pub(super) fn new(stream: &'static str, subject: String, payload: Bytes, id: &str) -> Self {
-        let mut headers = HeaderMap::new();
-        headers.insert(MESSAGE_ID, header_id(id).as_str());
-        Self { stream, subject, payload, headers, label: id.to_owned() }
+    /// An envelope; a repeated publish of it is stored again.
+    pub(super) fn new(
+        stream: &'static str,
+        subject: String,
+        payload: Bytes,
+        label: String,
+    ) -> Self {
+        Self { stream, subject, payload, headers: HeaderMap::new(), label }
+    }
+
+    /// A repeated publish under `id`, if there is one, adds nothing.
+    pub(super) fn with_id(mut self, id: Option<&str>) -> Self {
+        if let Some(id) = id {
+            self.headers.insert(MESSAGE_ID, header_id(id).as_str());
+        }
+        self
     }
 
     /// Adds a header; the value as JSON text, since a header can't hold every character.
@@ -279,7 +290,7 @@ mod tests {
 
     #[test]
     fn full_and_broken_are_told_apart() {
-        let envelope = Envelope::new("S", "s".into(), Bytes::from_static(b"x"), "id");
+        let envelope = Envelope::new("S", "s".into(), Bytes::from_static(b"x"), "id".into());
         let attempt = |answer: &str| confirmed(&envelope, answer.as_bytes(), 1);
         let error = |code: u64, text: &str| {
             format!(

@@ -78,8 +78,8 @@ impl NatsQueue<Job> {
 
     /// Publishes a job that may have been published before, as another one.
     pub(super) async fn republish(&self, job: &Job) -> Result<(), QueueError> {
-        let id = self.inner.fresh_id();
-        let envelope = self.inner.envelope(job, &id)?;
+        let fresh_id = self.inner.fleet.shared.client.new_inbox();
+        let envelope = self.inner.envelope(job, Some(&fresh_id))?;
         self.inner.fleet.shared.store(&envelope).await
     }
 }
@@ -124,13 +124,13 @@ impl<T: Message> Queue<T> for NatsQueue<T> {
     type Delivery = NatsDelivery<T>;
 
     async fn publish(&self, message: T) -> Result<(), QueueError> {
-        let envelope = self.inner.envelope(&message, &self.inner.message_id(&message))?;
+        let envelope = self.inner.envelope(&message, self.inner.message_id(&message).as_deref())?;
         drop(message);
         self.inner.fleet.shared.store(&envelope).await
     }
 
     async fn try_publish(&self, message: T) -> Result<Publishing, QueueError> {
-        let envelope = self.inner.envelope(&message, &self.inner.message_id(&message))?;
+        let envelope = self.inner.envelope(&message, self.inner.message_id(&message).as_deref())?;
         self.inner.fleet.shared.try_store(&envelope).await
     }
 
@@ -163,35 +163,29 @@ impl<T: Message> Queue<T> for NatsQueue<T> {
 }
 
 impl<T: Message> Inner<T> {
-    fn envelope(&self, message: &T, id: &str) -> Result<Envelope, QueueError> {
+    fn envelope(&self, message: &T, id: Option<&str>) -> Result<Envelope, QueueError> {
         let bytes =
             rmp_serde::to_vec_named(message).map_err(|error| QueueError::Server(error.into()))?;
         let (stream, subject) = match &self.target {
             Target::Jobs { model_token } => (JOBS, job_subject(model_token, message.run())),
             Target::Outcomes => (RESULTS, outcome_subject(message.run())),
         };
-        let mut envelope = Envelope::new(stream, subject, Bytes::from(bytes), id);
-        envelope.label = message.message_id();
-        Ok(envelope)
+        Ok(Envelope::new(stream, subject, Bytes::from(bytes), message.message_id()).with_id(id))
     }
 
-    /// The streams hold all models and runs, so that these belong to the id, in a form that keeps
-    /// run `a/b` with id `c` apart from run `a` with id `b/c`.
-    fn message_id(&self, message: &T) -> String {
+    /// What makes a repeated publish known to the server. The stream holds all models and runs, so that these belong
+    /// to it, in a form that keeps run `a/b` with id `c` apart from run `a` with id `b/c`.
+    ///
+    /// Outcomes have none: that of a job which was put back within the duplicate window must not be dropped, and a server
+    /// keeps each id in memory that long. The collector drops repeats.
+    fn message_id(&self, message: &T) -> Option<String> {
         match &self.target {
             Target::Jobs { model_token } => {
-                format!(
-                    "{model_token}/{}/{}",
-                    token::encode(&message.run().0),
-                    message.message_id()
-                )
+                let run_token = token::encode(&message.run().0);
+                Some(format!("{model_token}/{run_token}/{}", message.message_id()))
             }
-            Target::Outcomes => self.fresh_id(),
+            Target::Outcomes => None,
         }
-    }
-
-    fn fresh_id(&self) -> String {
-        self.fleet.shared.client.new_inbox()
     }
 
     fn lease_slot(&self) -> MutexGuard<'_, Option<Duration>> {
