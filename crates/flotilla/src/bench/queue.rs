@@ -17,7 +17,7 @@ use tokio::process::Command;
 use super::Report;
 use super::processes::{Processes, Role};
 use crate::cli::QueueBench;
-use crate::fleet;
+use crate::{fleet, signals};
 
 /// The run.
 const RUN: &str = "bench";
@@ -30,7 +30,14 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// Runs `flotilla bench queue`.
 pub(super) fn main(options: &QueueBench) -> anyhow::Result<Report> {
-    fleet::block_on(measure(options))
+    fleet::block_on(async {
+        let interruption = signals::interruption()?;
+        tokio::select! {
+            report = measure(options) => report,
+            // Its processes end with it.
+            () = interruption.cancelled() => bail!("interrupted"),
+        }
+    })
 }
 
 async fn measure(options: &QueueBench) -> anyhow::Result<Report> {
