@@ -1,13 +1,15 @@
-"""Fixtures of text: vocabularies with what they make of difficult strings, and chat templates.
+"""Fixtures of text: vocabularies, all made here, with what they make of difficult strings; and chat templates.
 
-make_fixtures.py calls it. Templates, vocabularies and messages are all made here.
+make_fixtures.py calls it; make_chat_fixtures.py has the chat templates.
 """
 
 import json
+import shutil
 
-from jinja2.exceptions import TemplateError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer
+
+from make_chat_fixtures import write_chats
 
 CORPUS = [
     "The quick reader answers a question about the sorted array of an index.",
@@ -90,14 +92,72 @@ def sentence_piece(legacy):
     return t
 
 
-def word_case(t, text, special=()):
-    with_special, plain = t.encode(text), t.encode(text, add_special_tokens=False)
-    case = {"text": text, "ids": plain.ids, "ids_with_special": with_special.ids,
-            "decoded": t.decode(plain.ids), "decoded_with_special": t.decode(plain.ids, skip_special_tokens=False)}
-    t.encode_special_tokens = True  # texts of special tokens are plain text
-    case["ids_as_plain_text"] = t.encode(text, add_special_tokens=False).ids
-    t.encode_special_tokens = False
-    return case
+def gemma():
+    """Blanks become ▁ everywhere, none is added in front, and what isn't known is spelt in bytes."""
+    state = json.loads(sentence_piece(False).to_str())
+    t = Tokenizer.from_str(json.dumps(state))
+    t.normalizer = normalizers.Replace(" ", "▁")
+    t.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    t.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return t
+
+
+def qwen():
+    """Byte-level behind a cutter that takes digits one by one, of composed characters."""
+    t = split_pattern()
+    pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    t.normalizer = normalizers.NFC()
+    t.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    t.post_processor = processors.ByteLevel(trim_offsets=False)
+    return t
+
+
+def unigram():
+    t = Tokenizer(models.Unigram())
+    t.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])
+    t.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
+    t.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    t.train_from_iterator(CORPUS, trainers.UnigramTrainer(
+        vocab_size=300, special_tokens=["<unk>", "<s>", "</s>", "<|user|>", "<|end|>"], unk_token="<unk>", show_progress=False))
+    t.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", t.token_to_id("</s>"))])
+    return t
+
+
+def added_tokens():
+    """Added tokens of every kind, in a vocabulary that lower-cases."""
+    t = byte_level(340, ["<s>", "</s>"])
+    t.normalizer = normalizers.Lowercase()
+    t.add_tokens([AddedToken("[LEFT]", lstrip=True, normalized=False), AddedToken("[RIGHT]", rstrip=True, normalized=False),
+                  AddedToken("[BOTH]", lstrip=True, rstrip=True, normalized=False), AddedToken("word", single_word=True, normalized=False),
+                  AddedToken("[Norm]", normalized=True), AddedToken("  ", normalized=False), AddedToken("é", normalized=True)])
+    t.add_special_tokens([AddedToken("<|sp|>", lstrip=True, rstrip=True, normalized=False)])
+    return t
+
+
+# tokenizer_config.json; what it names beside tokenizer.json is added by transformers.
+CONFIGS = {
+    "unigram": {"clean_up_tokenization_spaces": True},
+    "qwen": {"clean_up_tokenization_spaces": True, "add_bos_token": False},
+    "byte-level-split": {"add_bos_token": False, "add_eos_token": True},
+    "configured": {
+        "bos_token": {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False},
+        "pad_token": "[PAD]", "image_token": "<image>", "extra_special_tokens": ["<|user|>"], "additional_special_tokens": ["<|ignored|>"],
+        "added_tokens_decoder": {
+            "40": {"content": "<think>", "lstrip": False, "normalized": False, "rstrip": True, "single_word": False, "special": False},
+            "7": {"content": "<|end|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}}},
+    "mapped": {"bos_token": "<s>", "eos_token": "sorted"},
+}
+MAPS = {"mapped": {"eos_token": {"content": "<|end|>", "lstrip": True, "normalized": False, "rstrip": False, "single_word": False},
+                   "additional_special_tokens": ["<|user|>"], "mask_token": "values"}}
+MORE_STRINGS = ["a [LEFT] b [RIGHT] c [BOTH] d", "[left] [norm] [NORM]", "word sword word. words", "CAFÉ é E", "x <|sp|>  y", "a<think>  b",
+                "[PAD]<image>", "sorted values", "It 's fine , isn't it ? Yes ! ' so ' we 've . done n't", "I 'm , they 're ... ' ' s"]
+
+
+def word_case(t, text):
+    plain = t.encode(text, add_special_tokens=False)
+    return {"text": text, "ids": plain, "ids_with_special": t.encode(text), "decoded": t.decode(plain, skip_special_tokens=True),
+            "ids_as_plain_text": t.encode(text, add_special_tokens=False, split_special_tokens=True)}
 
 
 def write_tokenizers(root):
@@ -106,117 +166,31 @@ def write_tokenizers(root):
         "byte-level-split": split_pattern(),
         "metaspace": sentence_piece(False),
         "metaspace-legacy": sentence_piece(True),
+        "gemma": gemma(),
+        "qwen": qwen(),
+        "unigram": unigram(),
+        "added-tokens": added_tokens(),
+        "configured": byte_level(300, []),
+        "mapped": byte_level(360, ["<|user|>"]),
     }
     for name, t in made.items():
         folder = root / "tokenizers" / name
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         t.save(str(folder / "tokenizer.json"))
-        again = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        cases = [word_case(again, text) for text in STRINGS]
-        steps = [{"ids": (ids := again.encode("The sorted 数据 🙂 café", add_special_tokens=False).ids),
-                  "prefixes": [again.decode(ids[: i + 1]) for i in range(len(ids))]}]
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False})
-        (folder / "expected.json").write_text(json.dumps({"cases": cases, "prefix_decoding": steps}, ensure_ascii=False) + "\n")
-        print(f"tokenizers/{name}: {again.get_vocab_size()} tokens, {len(cases)} strings")
-
-
-USER = {"role": "user", "content": "What does sort do?"}
-SYSTEM = {"role": "system", "content": "  You answer briefly.  "}
-ANSWER = {"role": "assistant", "content": " It sorts. \n"}
-MESSAGES = {
-    "user": [USER],
-    "system-user": [SYSTEM, USER],
-    "turns": [SYSTEM, USER, ANSWER, {"role": "user", "content": "Line one\nline two  "}],
-    "special-text": [{"role": "user", "content": "Print <|im_end|> and </s> and {{ name }} {% if x %}"}],
-    "unicode": [{"role": "user", "content": "数据 🙂 “quotes” <b> & 'single'"}],
-    "two-users": [USER, USER],
-    "empty": [{"role": "user", "content": ""}],
-}
-
-CHATML = """{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-
-CHATML_DEFAULT_SYSTEM = """{%- if messages[0].role == 'system' %}
-    {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
-{%- else %}
-    {{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'user' or (message.role == 'system' and not loop.first) or message.role == 'assistant' %}
-        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\n' }}
-{%- endif %}"""
-
-BRACKETS = """{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = messages[0]['content'] %}{% else %}{% set turns = messages %}{% set system = false %}{% endif %}{% for message in turns %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('user and assistant must take turns') }}{% endif %}{% if loop.index0 == 0 and system != false %}{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + message['content'] %}{% else %}{% set content = message['content'] %}{% endif %}{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"""
-
-HEADERS = """{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
-
-LINES = """{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{{ '<|assistant|>\n' + message['content'] + eos_token }}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}"""
-
-NAMESPACE = """{%- set ns = namespace(system='', seen=0) -%}
-{%- for message in messages if message['role'] == 'system' -%}
-    {%- set ns.system = ns.system ~ message['content'].strip() -%}
-{%- endfor -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-    {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-        {{- raise_exception('unknown role: ' + message['role']) -}}
-    {%- endif -%}
-    {%- if message['role'] != 'system' -%}
-        {%- set ns.seen = ns.seen + 1 -%}
-        {%- set text = message['content'].replace('\n', ' / ') | trim -%}
-        {{- '### ' ~ message['role'].upper() ~ ' ' ~ ns.seen ~ '\n' -}}
-        {%- if ns.seen == 1 and ns.system is defined and ns.system | length > 0 -%}{{- ns.system ~ '\n\n' -}}{%- endif -%}
-        {{- text if not text.startswith('Line') else text.split(' / ')[-1] -}}{{- '\n' -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt is defined and add_generation_prompt -%}{{- '### ASSISTANT\n' -}}{%- endif -%}"""
-
-NO_SYSTEM = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'system' %}{{ raise_exception('no system messages here') }}{% endif %}{{ '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"""
-
-TEMPLATES = {"chatml": CHATML, "chatml-default-system": CHATML_DEFAULT_SYSTEM, "brackets": BRACKETS, "headers": HEADERS,
-             "lines": LINES, "namespace": NAMESPACE, "no-system": NO_SYSTEM}
-MARKS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-         "<|user|>", "<|system|>", "<|assistant|>", "<start_of_turn>", "<end_of_turn>"]
-
-
-def chat_case(tokenizer, name, generate):
-    case = {"messages": name, "add_generation_prompt": generate}
-    try:
-        case["text"] = tokenizer.apply_chat_template(MESSAGES[name], tokenize=False, add_generation_prompt=generate)
-    except TemplateError as error:
-        return {**case, "error": str(error)}
-    ids = tokenizer.apply_chat_template(MESSAGES[name], tokenize=True, add_generation_prompt=generate, return_dict=False)
-    assert ids == tokenizer(case["text"], add_special_tokens=False)["input_ids"]
-    return {**case, "ids": ids}
-
-
-def write_chats(root):
-    folder = root / "chat"
-    folder.mkdir(parents=True, exist_ok=True)
-    t = byte_level(360, MARKS)
-    t.save(str(folder / "tokenizer.json"))
-    write_json(folder / "messages.json", MESSAGES)
-    for name, template in TEMPLATES.items():
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=t, bos_token="<s>", eos_token="</s>", chat_template=template)
-        cases = [chat_case(tokenizer, m, generate) for m in MESSAGES for generate in (True, False)]
-        write_json(folder / f"{name}.json", {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template, "cases": cases})
-        print(f"chat/{name}: {len(cases)} renderings, {sum('error' in c for c in cases)} of them errors")
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **CONFIGS.get(name, {})})
+        if name in MAPS:
+            write_json(folder / "special_tokens_map.json", MAPS[name])
+        again = AutoTokenizer.from_pretrained(folder)
+        cases = [word_case(again, text) for text in STRINGS + MORE_STRINGS]
+        steps = [{"ids": (ids := again.encode("The sorted 数据 🙂 café , is it ?", add_special_tokens=False)),
+                  "prefixes": [again.decode(ids[: i + 1], skip_special_tokens=True) for i in range(len(ids))]}]
+        lines = ",\n".join(json.dumps(case, ensure_ascii=False) for case in cases)
+        (folder / "expected.json").write_text(
+            f'{{"special_tokens": {json.dumps(again.special_tokens_map)}, "prefix_decoding": {json.dumps(steps, ensure_ascii=False)}, "cases": [\n{lines}\n]}}\n')
+        print(f"tokenizers/{name}: {len(again)} tokens, {len(cases)} strings")
 
 
 def write_text_fixtures(root):
     write_tokenizers(root)
-    write_chats(root)
+    write_chats(root, byte_level, write_json)

@@ -3,5 +3,9 @@
 
 mod bad_input;
 mod crash;
+mod generation;
 mod happy_path;
+mod hub;
+mod memory;
+mod models;
 mod shutdown;

@@ -59,7 +59,7 @@ fn redis_with_a_full_disk_is_waited_for_and_doubles_nothing() {
     // A limit of its files' sizes stands for the full disk.
     fleet.redis.process().limit_file_size(Some(1024));
     fleet.redis.process().wait_for("Error writing to the AOF file", 1);
-    collector.wait_for("redis can't serve", 1);
+    collector.wait_for("can't serve; waiting for it", 1);
     fleet.redis.process().limit_file_size(None);
     fleet.assert_done(&collector, 600);
 }

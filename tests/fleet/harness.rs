@@ -1,6 +1,8 @@
 //! What these tests share: two servers and a folder, and the roles as processes.
 
 use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::Instant;
 
 use flotilla_tests::Workplace;
@@ -113,4 +115,16 @@ impl Fleet {
 pub(crate) fn run<'a>(state: &'a Value, name: &str) -> &'a Value {
     let runs = state["runs"].as_array().unwrap();
     runs.iter().find(|run| run["run"] == name).unwrap_or(&Value::Null)
+}
+
+/// What a role answers to `GET path` at its metrics' address.
+pub(crate) fn get(role: &Process, path: &str) -> String {
+    role.wait_for("metrics at http://", 1);
+    let log = role.log();
+    let address = log.split_once("metrics at http://").unwrap().1.split('/').next().unwrap();
+    let mut stream = TcpStream::connect(address).unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: flotilla\r\nConnection: close\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
 }

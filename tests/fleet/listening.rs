@@ -36,7 +36,7 @@ fn queries_posted_are_answered_once_each() {
 }
 
 /// What the producer answers to a body.
-fn post(producer: &Process, body: &str, token: &str) -> String {
+pub(crate) fn post(producer: &Process, body: &str, token: &str) -> String {
     producer.wait_for("listening at http://", 1);
     let log = producer.log();
     let address = log.split_once("listening at http://").unwrap().1.split('/').next().unwrap();

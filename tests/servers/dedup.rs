@@ -28,7 +28,7 @@ fn run_id(name: &str) -> RunId {
 
 fn settled(number: usize) -> Settled {
     let id = JobId(format!("id {number}"));
-    let query = Query { id, query: "why?".into(), target_api: None, dependencies: [].into() };
+    let query = Query::new(id, "why?".into());
     Settled {
         version: WIRE_VERSION,
         run: run_id("run"),
@@ -307,5 +307,5 @@ async fn claims_grow_even_when_redis_forgets_them() {
     server.flush_all();
     let mut second = connect(&server).await;
     second.claim().await.unwrap();
-    assert!(matches!(first.resume().await, Err(DedupError::TakenOver)));
+    assert!(matches!(first.resume().await, Err(DedupError::TakenOver { .. })));
 }

@@ -7,14 +7,14 @@ use async_nats::jetstream;
 use flotilla_tests::NatsServer;
 use futures_util::TryStreamExt;
 use shared::queue::conformance::{self, Harness, job};
-use shared::queue::nats::{DeadLetter, Fleet, Limits, NatsConfig, NatsQueue};
+use shared::queue::nats::{DeadLetter, Fleet, Limits, NatsConfig, NatsDelivery, NatsQueue};
 use shared::{Delivery, Job, Queue, RunId};
 
 mod access;
 mod faults;
 mod forgotten;
+mod known;
 mod nkeys;
-mod rate;
 mod records;
 
 /// Short, so that waiting for it to run out is quick; long enough for a busy machine.

@@ -181,6 +181,7 @@ fn answer(job: &Job) -> Answer {
             completion_tokens: 1,
             prompt_sha256: String::new(),
             context_truncated: false,
+            logprobs: None,
         },
         queue_time: Duration::ZERO,
         time_to_first_token: Duration::ZERO,

@@ -5,7 +5,7 @@ use std::pin::pin;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
-use shared::{Delivery, Job, Message, Outcome, Publishing, Queue, QueueError, Settled};
+use shared::{Delivery, Job, Message, Outcome, Publishing, Queue, QueueError, Settled, Stored};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep, sleep_until, timeout, timeout_at};
 
@@ -194,15 +194,15 @@ fn kind<T: Carried>() -> &'static str {
 impl<T: Carried> Queue<T> for SimQueue {
     type Delivery = SimDelivery<T>;
 
-    async fn publish(&self, message: T) -> Result<(), QueueError> {
+    async fn publish(&self, message: T) -> Result<Stored, QueueError> {
         if let Some(failure) = message.failure() {
             self.world.failed(&self.process, message.job_id(), failure);
         }
         if !T::IS_JOB && self.world.plan.broken == Broken::OutcomesConfirmEarly {
             self.store_later(message);
-            return Ok(());
+            return Ok(Stored::New);
         }
-        self.store(&message, true).await.map(drop)
+        self.store(&message, true).await.map(|_| Stored::New)
     }
 
     async fn try_publish(&self, message: T) -> Result<Publishing, QueueError> {

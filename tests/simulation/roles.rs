@@ -1,6 +1,7 @@
 //! The roles of a world, each supervised: what dies or ends is started again, until there is no more
 //! work. The workers and collectors are the product's own; the producer is a few lines of its way.
 
+use std::collections::BTreeSet;
 use std::future::Future;
 use std::pin::pin;
 use std::sync::Arc;
@@ -15,6 +16,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::engine::SimBackend;
+use crate::plan::Broken;
 use crate::process::{Process, Role};
 use crate::queue::SimQueue;
 use crate::storage::{SimDedup, SimLog};
@@ -80,6 +82,9 @@ fn crash_disk(world: &World, process: &Process) {
     });
 }
 
+/// Jobs that the producer asks about at once.
+const MAX_ASKED: usize = 5;
+
 /// Publishes all jobs, and again from the start when it was killed.
 pub(crate) async fn produce(world: World) {
     for _run in 0..=world.plan.num_reruns {
@@ -98,12 +103,42 @@ pub(crate) async fn produce(world: World) {
 
 async fn produce_once(queue: &SimQueue) -> Result<(), String> {
     let world = &queue.world;
-    for number in 0..world.plan.jobs.len() {
-        world.pass(1_000).await;
-        let published = queue.publish(conformance::job(&Shared::id(number))).await;
-        published.map_err(|error| error.to_string())?;
+    let ids: Vec<String> = (0..world.plan.jobs.len()).map(Shared::id).collect();
+    for ids in ids.chunks(MAX_ASKED) {
+        let written = known(world, ids).await.unwrap_or_else(|| vec![false; ids.len()]);
+        for (id, is_written) in ids.iter().zip(written) {
+            world.pass(1_000).await;
+            if is_written {
+                world.note(|| format!("{id} is left out"));
+                world.count(Fault::LeftOut);
+                continue;
+            }
+            let published = queue.publish(conformance::job(id)).await;
+            published.map_err(|error| error.to_string())?;
+        }
     }
     Ok(())
+}
+
+/// Asks the collector that serves which jobs have their line; `None` if it doesn't answer.
+async fn known(world: &World, ids: &[String]) -> Option<Vec<bool>> {
+    let (reply, answer) = oneshot::channel();
+    let digests = ids.iter().map(|id| JobId(id.clone()).digest()).collect();
+    ask(world, Control::Known { ids: digests, reply })?;
+    let known = timeout(ANSWER_TIMEOUT, answer).await.ok()?.ok()?;
+    // A retry may have taken lines out since, and what is broken is noticed by its harm.
+    if !world.plan.retries && world.plan.broken == Broken::Nothing {
+        let lines: BTreeSet<String> = world.disk.synced_lines().into_iter().collect();
+        let wrong = ids.iter().zip(&known.written).filter(|(id, is)| **is && !lines.contains(*id));
+        wrong.for_each(|(id, _)| world.violation(format!("{id} is said to have a line")));
+    }
+    Some(known.written)
+}
+
+/// Puts a request to the collector that serves, if there is one and it has room for it.
+fn ask(world: &World, control: Control) -> Option<()> {
+    let controls = lock(&world.controls).clone()?;
+    controls.try_send(control).ok()
 }
 
 /// A worker's place: it joins some time, and there is always one in it again.
@@ -236,10 +271,9 @@ pub(crate) async fn retry(world: World) {
 
 /// Asks the collector that serves; `None` if it doesn't answer or could not.
 async fn remove_failed(world: &World, ids: &[String]) -> Option<u64> {
-    let control = lock(&world.controls).clone()?;
     let ids = ids.iter().map(|id| JobId(id.clone()).digest()).collect();
     let (reply, answer) = oneshot::channel();
-    control.try_send(Control::RemoveFailed { ids, reply }).ok()?;
+    ask(world, Control::RemoveFailed { ids, reply })?;
     timeout(ANSWER_TIMEOUT, answer).await.ok()?.ok()?.ok()
 }
 

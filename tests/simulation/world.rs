@@ -54,12 +54,14 @@ pub(crate) enum Fault {
     TornTail,
     /// Not a fault: failed jobs were put back into the queue.
     Retried,
+    /// Not a fault: a producer left out a job that has its line.
+    LeftOut,
     /// An innocent job had so much bad luck that it was given up.
     InnocentGivenUp,
 }
 
 impl Fault {
-    pub(crate) const ALL: [Self; 28] = [
+    pub(crate) const ALL: [Self; 29] = [
         Self::ProducerKilled,
         Self::WorkerKilled,
         Self::CollectorKilled,
@@ -87,6 +89,7 @@ impl Fault {
         Self::ShortWrite,
         Self::TornTail,
         Self::Retried,
+        Self::LeftOut,
         Self::InnocentGivenUp,
     ];
 }

@@ -8,8 +8,9 @@ pub mod outsider;
 pub mod process;
 pub mod proxy;
 pub mod redis_server;
+pub mod server;
 
-pub use nats_server::{NatsOptions, NatsServer};
+pub use nats_server::{NatsCluster, NatsOptions, NatsServer};
 pub use outsider::Outsider;
 pub use process::Process;
 pub use proxy::{Flow, Proxy};
@@ -85,6 +86,12 @@ impl Workplace {
             .env("FLOTILLA_CACHE_DIR", self.path("cache"))
             .env("FLOTILLA_MODEL_PATH", repository().join("models/flotilla-reader"))
             .env_remove("FLOTILLA_LOG")
+            // Neither the user's models nor their token; and never the real Hub.
+            .env("HF_HOME", self.path("hf"))
+            .env("HF_ENDPOINT", "http://127.0.0.1:9")
+            .env_remove("HF_TOKEN")
+            .env_remove("HF_HUB_CACHE")
+            .env_remove("HF_HUB_OFFLINE")
             .stdin(Stdio::null());
         command
     }

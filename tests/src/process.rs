@@ -189,11 +189,11 @@ fn reap_at_end(mut child: Child, shared: &Arc<Shared>) {
     });
 }
 
-/// A server's command. A write beyond a limit of the file size fails in it, as on a full disk, and
+/// A program's command. A write beyond a limit of the file size fails in it, as on a full disk, and
 /// doesn't kill it.
-pub fn with_failing_writes(server: &str) -> Command {
+pub fn with_failing_writes(program: &Path) -> Command {
     let mut command = Command::new("bash");
-    command.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(server_binary(server));
+    command.args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""]).arg(program);
     command
 }
 

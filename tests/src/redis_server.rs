@@ -1,22 +1,25 @@
-//! A real redis-server for a test: on loopback and on a unix socket, append-only file in a
-//! temporary folder, killed when dropped. It comes back to the same addresses with the same data.
+//! A real redis-server for a test: on loopback and on a unix socket, with an append-only file.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use rustix::process::Signal;
 use tempfile::TempDir;
 
-use crate::process::{DEADLINE, Process, free_port, with_failing_writes};
+use crate::server::{Server, Settings};
 
 /// A running (or killed) redis-server.
-pub struct RedisServer {
-    dir: TempDir,
+pub type RedisServer = Server<RedisOptions>;
+
+/// What differs from a server with the settings of a fleet.
+#[derive(Clone, Debug, Default)]
+pub struct RedisOptions {
     /// More arguments, such as `--requirepass secret`.
     arguments: Vec<String>,
-    port: u16,
-    process: Option<Process>,
 }
+
+/// Name of the unix socket in the server's folder.
+const SOCKET: &str = "redis.sock";
 
 /// A server's data at an earlier time.
 pub struct RedisCopy {
@@ -32,16 +35,7 @@ impl RedisServer {
     /// A server with more arguments, such as `["--requirepass", "secret"]`.
     pub fn start_with(arguments: &[&str]) -> Self {
         let arguments = arguments.iter().map(|&argument| argument.to_owned()).collect();
-        let dir = tempfile::tempdir().unwrap();
-        let mut server = Self { dir, arguments, port: 0, process: None };
-        // Somebody may take the port between the look and the start.
-        for _ in 0..10 {
-            server.port = free_port();
-            if server.try_start() {
-                return server;
-            }
-        }
-        panic!("redis-server does not start\n{}", server.log());
+        Self::launch(RedisOptions { arguments })
     }
 
     /// Its URL over TCP.
@@ -54,51 +48,9 @@ impl RedisServer {
         format!("redis+unix://{}", self.socket().display())
     }
 
-    /// Its address.
-    pub fn address(&self) -> SocketAddr {
-        ([127, 0, 0, 1], self.port).into()
-    }
-
     /// Its unix socket.
     pub fn socket(&self) -> PathBuf {
-        self.dir.path().join("redis.sock")
-    }
-
-    /// Ends it at once, as a crash would. What it has written to its file stays.
-    pub fn kill(&mut self) {
-        if let Some(process) = self.process.take() {
-            process.kill();
-        }
-    }
-
-    /// Ends it in good order.
-    pub fn shut_down(&mut self) {
-        if let Some(process) = self.process.take() {
-            process.signal(Signal::TERM);
-            process.wait(DEADLINE);
-        }
-    }
-
-    /// Starts it again at its addresses with its data; kills it first if it runs.
-    pub fn restart(&mut self) {
-        self.kill();
-        assert!(self.try_start(), "redis-server does not start again\n{}", self.log());
-    }
-
-    /// Kills it and removes its data.
-    pub fn wipe(&mut self) {
-        self.kill();
-        std::fs::remove_dir_all(self.data()).unwrap();
-    }
-
-    /// Freezes it.
-    pub fn stop(&self) {
-        self.process().stop();
-    }
-
-    /// Lets it go on.
-    pub fn cont(&self) {
-        self.process().cont();
+        self.dir().join(SOCKET)
     }
 
     /// Forgets everything while it runs.
@@ -109,8 +61,10 @@ impl RedisServer {
     /// Runs a command, which must succeed; the password of `--requirepass` is sent first.
     pub fn command(&self, words: &[&str]) -> redis::Value {
         let mut connection = redis::Client::open(self.url()).unwrap().get_connection().unwrap();
-        if let Some(at) = self.arguments.iter().position(|argument| argument == "--requirepass") {
-            redis::cmd("AUTH").arg(&self.arguments[at + 1]).exec(&mut connection).unwrap();
+        if let Some(at) =
+            self.settings.arguments.iter().position(|argument| argument == "--requirepass")
+        {
+            redis::cmd("AUTH").arg(&self.settings.arguments[at + 1]).exec(&mut connection).unwrap();
         }
         redis::cmd(words[0]).arg(&words[1..]).query(&mut connection).unwrap()
     }
@@ -131,44 +85,22 @@ impl RedisServer {
         copy_files(copy.dir.path(), &self.data());
         self.restart();
     }
+}
 
-    /// Keeps its folder beyond its end, for whoever looks for what went wrong.
-    pub fn keep(&mut self) -> &Path {
-        self.dir.disable_cleanup(true);
-        self.dir.path()
-    }
+impl Settings for RedisOptions {
+    const PROGRAM: &str = "redis-server";
+    const READY: &str = "eady to accept connections";
 
-    /// Its process, which must run.
-    pub fn process(&self) -> &Process {
-        self.process.as_ref().expect("the server was killed")
-    }
-
-    /// Its output since the last start.
-    pub fn log(&self) -> String {
-        self.process.as_ref().map(Process::log).unwrap_or_default()
-    }
-
-    fn data(&self) -> PathBuf {
-        self.dir.path().join("data")
-    }
-
-    /// Whether it is ready now.
-    fn try_start(&mut self) -> bool {
-        std::fs::create_dir_all(self.data()).unwrap();
-        let mut command = with_failing_writes("redis-server");
+    fn arguments(&self, command: &mut Command, dir: &Path, address: SocketAddr) {
         command
-            .args(["--bind", "127.0.0.1", "--port", &self.port.to_string()])
+            .args(["--bind", "127.0.0.1", "--port", &address.port().to_string()])
             .arg("--unixsocket")
-            .arg(self.socket())
+            .arg(dir.join(SOCKET))
             .arg("--dir")
-            .arg(self.data())
+            .arg(dir.join("data"))
             .args(["--appendonly", "yes", "--appendfsync", "everysec", "--save", ""])
             .args(["--maxmemory-policy", "noeviction"])
             .args(&self.arguments);
-        let process = Process::start(&mut command);
-        let ready = process.has_line("eady to accept connections", 1, DEADLINE);
-        self.process = Some(process);
-        ready
     }
 }
 

@@ -20,7 +20,7 @@ use tokio::sync::{mpsc, watch};
 /// Outcomes of about a kilobyte each, as lines.
 fn settled(number: usize) -> Settled {
     let id = JobId(format!("id {number}"));
-    let query = Query { id, query: "why? ".repeat(20), target_api: None, dependencies: [].into() };
+    let query = Query::new(id, "why? ".repeat(20));
     let completed = Completed {
         answer: "because ".repeat(40),
         finish_reason: FinishReason::Stop,
@@ -28,6 +28,7 @@ fn settled(number: usize) -> Settled {
         completion_tokens: 40,
         prompt_sha256: "0".repeat(64),
         context_truncated: false,
+        logprobs: None,
     };
     Settled {
         version: WIRE_VERSION,

@@ -136,12 +136,49 @@ impl<D: Dedup, L: Log> Collector<D, L> {
         Ok(num_removed)
     }
 
+    /// Counts the failed lines of bad input, of all ids or of `only` these where there are any, and takes
+    /// them out of the log if they shall be removed. No job of theirs could be put back.
+    pub async fn handle_bad_input(
+        &mut self,
+        only: &HashSet<IdDigest>,
+        remove: bool,
+    ) -> Result<u64, Error> {
+        let found = self.bad_input(only).await?;
+        if remove { self.remove_failed(&found).await } else { Ok(found.len() as u64) }
+    }
+
+    async fn bad_input(&mut self, only: &HashSet<IdDigest>) -> Result<HashSet<IdDigest>, Error> {
+        let mut found = HashSet::new();
+        let mut at = Position::default();
+        while at.offset < self.log.end() {
+            let entries = self.log.read(&at).await?;
+            let Some(last) = entries.last() else { break };
+            at = Position {
+                offset: last.end,
+                lines: at.lines + entries.len() as u64,
+                ..Position::default()
+            };
+            let bad = entries.iter().filter(|entry| entry.of_bad_input).map(|entry| entry.id);
+            found.extend(bad.filter(|id| only.is_empty() || only.contains(id)));
+        }
+        Ok(found)
+    }
+
     pub(crate) fn reached(&mut self, step: Step) -> Result<(), Error> {
         self.probe.reached(step)
     }
 
-    /// Which of `ids` have their line.
-    async fn known(&mut self, ids: &[IdDigest]) -> Result<Vec<bool>, Error> {
+    /// Which of `ids` have their line: none of which the line isn't synced in this log.
+    ///
+    /// The index is believed only where it stands: with this collector's claim, at the position up to
+    /// which this collector has synced and marked, with as many ids as there are lines. An index
+    /// that was lost or rolled back is filled again from the log first; a collector that was taken over is
+    /// told so and tells nothing. Between being told and being heard, an answer can't become wrong,
+    /// whoever holds the log by then: only [`remove_failed`](Self::remove_failed) takes lines out,
+    /// and whoever has that done puts their jobs back.
+    ///
+    /// Dropping the future is safe like a crash: drop the collector too.
+    pub async fn known(&mut self, ids: &[IdDigest]) -> Result<Vec<bool>, Error> {
         loop {
             match self.dedup.known(ids, &self.position).await {
                 Ok(known) => return Ok(known),
@@ -245,7 +282,9 @@ impl<D: Dedup, L: Log> Collector<D, L> {
     fn stop(&self, error: DedupOr) -> Error {
         match error {
             DedupOr::Other(error) => error,
-            DedupOr::Dedup(DedupError::TakenOver) => Error::TakenOver { path: self.log.name() },
+            DedupOr::Dedup(DedupError::TakenOver { by }) => {
+                Error::TakenOver { path: self.log.name(), by }
+            }
             DedupOr::Dedup(DedupError::Refused(source)) => Error::Dedup(source),
             // Both callers recover from it.
             DedupOr::Dedup(error @ DedupError::RolledBack) => Error::Dedup(error.into()),

@@ -60,8 +60,11 @@ pub enum DedupError {
     #[error("the index of answered ids was rolled back")]
     RolledBack,
     /// A later collector has claimed it.
-    #[error("another collector has claimed the index of answered ids")]
-    TakenOver,
+    #[error("another collector has claimed the index of answered ids: {by}")]
+    TakenOver {
+        /// What that one calls itself.
+        by: String,
+    },
     /// It can't serve, and waiting would not help.
     #[error("the index of answered ids refused")]
     Refused(#[source] Box<dyn std::error::Error + Send + Sync>),

@@ -55,10 +55,15 @@ pub enum Error {
     #[error("cannot take outcomes from the queue")]
     Queue(#[from] QueueError),
     /// Another collector has claimed the index of this run: this one has no say any more.
-    #[error("another collector has taken over the run that writes {path}")]
+    #[error(
+        "another collector has taken over the run that was written to {path}: {by} writes it now; one \
+         output has the whole run only if all of its collectors write the same file"
+    )]
     TakenOver {
         /// The output.
         path: String,
+        /// The other one's output and machine, as it says.
+        by: String,
     },
     /// The index of ids refuses to serve, and waiting would not help.
     #[error("cannot use the index of answered ids")]

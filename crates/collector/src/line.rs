@@ -2,11 +2,12 @@
 
 use serde::Serialize;
 use shared::{
-    Completed, Dependencies, DocumentRef, FinishReason, JobId, Outcome, RetrievalMethod, Settled,
+    Completed, Dependencies, DocumentRef, FinishReason, JobId, Logprobs, Outcome, RetrievalMethod,
+    Settled,
 };
 
 /// An answer or a failure, as it is written. Every line has every field, except `error`, which
-/// only failed lines have.
+/// only failed lines have, and `logprobs`, which only lines have whose job asked for them.
 #[derive(Debug, Serialize)]
 pub struct Line<'a> {
     /// The user's id.
@@ -56,6 +57,9 @@ pub struct Line<'a> {
     pub context_truncated: bool,
     /// The documents of the context, best first.
     pub documents: &'a [DocumentRef],
+    /// Log-probabilities of the answer's tokens, where they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<&'a Logprobs>,
 }
 
 impl<'a> From<&'a Settled> for Line<'a> {
@@ -89,6 +93,7 @@ impl<'a> From<&'a Settled> for Line<'a> {
             prompt_sha256: completed.map(|c| c.prompt_sha256.as_str()),
             context_truncated: completed.is_some_and(|c| c.context_truncated),
             documents: &context.documents,
+            logprobs: completed.and_then(|c| c.logprobs.as_ref()),
         }
     }
 }

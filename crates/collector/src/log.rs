@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::future::Future;
 
+use sha2::{Digest, Sha256};
 use shared::IdDigest;
 
 use crate::{Error, Position, Probe};
@@ -20,8 +21,16 @@ pub struct Entry {
     pub id: IdDigest,
     /// Whether the job failed.
     pub failed: bool,
+    /// Whether it failed since its input was bad, and never was a job.
+    pub of_bad_input: bool,
     /// Offset of the first byte after it.
     pub end: u64,
+}
+
+/// The seal of a log from which lines were removed so often, and whose end this is.
+pub(crate) fn seal(generation: u64, end: &[u8]) -> u64 {
+    let digest = Sha256::new().chain_update(generation.to_le_bytes()).chain_update(end).finalize();
+    digest[..8].iter().fold(0, |seal, &byte| seal << 8 | u64::from(byte))
 }
 
 /// The file that is the truth about what is answered.

@@ -12,11 +12,10 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 use shared::{IdDigest, JobId};
 use tokio::runtime::{Handle, RuntimeFlavor};
 
-use crate::{Entry, Error, Log, Position, Probe};
+use crate::{Entry, Error, Log, Position, Probe, log};
 
 mod lock;
 mod remove;
@@ -105,9 +104,10 @@ impl Output {
             end += line.len() as u64;
             let number = from.lines + entries.len() as u64 + 1;
             let found = Identified::read(line);
-            let Identified { id, success, .. } =
+            let Identified { id, success, attempts, .. } =
                 found.map_err(|reason| foreign(&self.path, number, reason))?;
-            entries.push(Entry { id: id.digest(), failed: !success, end });
+            let (failed, of_bad_input) = (!success, !success && attempts == Some(0));
+            entries.push(Entry { id: id.digest(), failed, of_bad_input, end });
         }
         Ok(entries)
     }
@@ -123,9 +123,7 @@ impl Output {
         if tail.last().is_some_and(|&byte| byte != b'\n') {
             return Ok(None);
         }
-        let digest = Sha256::new().chain_update(self.generation.to_le_bytes()).chain_update(&tail);
-        let digest = digest.finalize();
-        Ok(Some(digest[..8].iter().fold(0, |seal, &byte| seal << 8 | u64::from(byte))))
+        Ok(Some(log::seal(self.generation, &tail)))
     }
 
     fn io(&self, action: &'static str, source: std::io::Error) -> Error {
@@ -176,6 +174,8 @@ impl Log for Output {
 struct Identified {
     id: JobId,
     success: bool,
+    /// Deliveries that the job took: none where it never was one.
+    attempts: Option<u32>,
     #[expect(dead_code, reason = "contexts have an id and success too, only results have this")]
     worker_rank: u32,
 }

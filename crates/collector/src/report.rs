@@ -99,18 +99,24 @@ impl Report {
 
     /// The statistics block, per worker and over all, for a run that took `elapsed`.
     pub fn statistics(&self, elapsed: Duration) -> impl fmt::Display {
-        Statistics { report: self, elapsed }
+        Statistics { report: self, elapsed, per_worker: true }
+    }
+
+    /// The same over all alone: in a fleet every process counts its workers from 0.
+    pub fn overall_statistics(&self, elapsed: Duration) -> impl fmt::Display {
+        Statistics { report: self, elapsed, per_worker: false }
     }
 }
 
 struct Statistics<'a> {
     report: &'a Report,
     elapsed: Duration,
+    per_worker: bool,
 }
 
 impl fmt::Display for Statistics<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (rank, worker) in &self.report.workers {
+        for (rank, worker) in self.report.workers.iter().filter(|_| self.per_worker) {
             worker.write(f, &format!("WORKER {rank} INFERENCE STATISTICS"))?;
             writeln!(f)?;
         }

@@ -7,6 +7,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use shared::status::Known;
 use shared::{Delivery, IdDigest, Queue, QueueError, Settled};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
@@ -54,6 +55,24 @@ pub enum Control {
         ids: HashSet<IdDigest>,
         /// Where the answer goes.
         reply: oneshot::Sender<Result<u64, String>>,
+    },
+    /// Looks for failed lines of bad input, and takes them out if that is wanted. Replies how many there
+    /// were, or what is wrong.
+    BadInput {
+        /// Only of these ids; of all where there are none.
+        ids: HashSet<IdDigest>,
+        /// Whether they leave the output.
+        remove: bool,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Result<u64, String>>,
+    },
+    /// Tells which of these jobs have their line. Where the collector can't tell any more, `reply` is
+    /// dropped.
+    Known {
+        /// The jobs' ids.
+        ids: Vec<IdDigest>,
+        /// Where the answer goes.
+        reply: oneshot::Sender<Known>,
     },
 }
 
@@ -106,6 +125,15 @@ impl<Q: Queue<Settled>> Role<'_, Q> {
         let mut num_written = 0;
         let (mut controllable, mut endable) = (true, true);
         loop {
+            // As many as wait have their turn between two batches: neither they nor the batches starve.
+            for _ in 0..controls.len() {
+                if *self.end.borrow() == End::Now {
+                    return Ok(());
+                }
+                if let Ok(control) = controls.try_recv() {
+                    self.obey(collector, control).await?;
+                }
+            }
             // Read before the pull: what ended the run was published before the end was told.
             let end = *self.end.borrow_and_update();
             match end {
@@ -116,23 +144,24 @@ impl<Q: Queue<Settled>> Role<'_, Q> {
             let wait = if end == End::WhenDrained { DRAINED_AFTER } else { PULL_WAIT };
             let first = tokio::select! {
                 biased;
-                control = controls.recv(), if controllable => {
-                    match control {
-                        Some(control) => obey(collector, control).await?,
-                        None => controllable = false,
-                    }
-                    continue;
-                }
                 changed = self.end.changed(), if endable => {
                     endable = changed.is_ok();
                     continue;
                 }
                 pulled = self.queue.pull(MAX_BATCH, wait) => pulled?,
+                control = controls.recv(), if controllable => {
+                    match control {
+                        Some(control) => self.obey(collector, control).await?,
+                        None => controllable = false,
+                    }
+                    continue;
+                }
             };
             if first.is_empty() {
                 if end == End::WhenDrained {
                     return Ok(());
                 }
+                self.check_claim(collector).await?;
                 observer.written(&[]);
                 continue;
             }
@@ -144,6 +173,19 @@ impl<Q: Queue<Settled>> Role<'_, Q> {
             if written.repeated > 0 {
                 observer.repeated(written.repeated);
             }
+        }
+    }
+
+    /// One that has nothing to write learns here that it was taken over.
+    async fn check_claim<D: Dedup, L: Log>(
+        &self,
+        collector: &mut Collector<D, L>,
+    ) -> Result<(), Error> {
+        tokio::select! {
+            biased;
+            known = collector.known(&[]) => known.map(drop),
+            // What was cut short here is not looked at again: the next thing is the end.
+            () = give_up(self.end.clone()) => Ok(()),
         }
     }
 
@@ -223,6 +265,41 @@ impl<Q: Queue<Settled>> Role<'_, Q> {
         }
         Ok(())
     }
+
+    async fn obey<D: Dedup, L: Log>(
+        &self,
+        collector: &mut Collector<D, L>,
+        control: Control,
+    ) -> Result<(), Error> {
+        match control {
+            Control::RemoveFailed { ids, reply } => {
+                answer(reply, collector.remove_failed(&ids).await)
+            }
+            Control::BadInput { ids, remove, reply } => {
+                answer(reply, collector.handle_bad_input(&ids, remove).await)
+            }
+            Control::Known { ids, reply } => {
+                let written = tokio::select! {
+                    biased;
+                    written = collector.known(&ids) => written?,
+                    // What was cut short here is not looked at again: the next thing is the end.
+                    () = give_up(self.end.clone()) => return Ok(()),
+                };
+                let _gone = reply.send(Known { num_lines: collector.num_lines(), written });
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Tells whoever asked, who may have gone. An error is the collector's end: nobody knows what it left
+/// behind until the output is opened anew.
+fn answer(
+    reply: oneshot::Sender<Result<u64, String>>,
+    done: Result<u64, Error>,
+) -> Result<(), Error> {
+    let _gone = reply.send(done.as_ref().copied().map_err(ToString::to_string));
+    done.map(drop)
 }
 
 /// A batch, written.
@@ -230,21 +307,6 @@ struct Batch {
     new: Vec<Settled>,
     repeated: u64,
     sync: Duration,
-}
-
-async fn obey<D: Dedup, L: Log>(
-    collector: &mut Collector<D, L>,
-    control: Control,
-) -> Result<(), Error> {
-    let Control::RemoveFailed { ids, reply } = control;
-    let (answer, end) = match collector.remove_failed(&ids).await {
-        Ok(removed) => (Ok(removed), Ok(())),
-        // Nobody knows what it left behind until the output is opened anew.
-        Err(error) => (Err(error.to_string()), Err(error)),
-    };
-    // Whoever asked may have gone.
-    let _gone = reply.send(answer);
-    end
 }
 
 /// Ready when the collector shall end and its index has had time to answer.

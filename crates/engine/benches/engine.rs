@@ -11,10 +11,11 @@ mod synthetic;
 use std::time::{Duration, Instant};
 
 use flotilla_engine::step::{BLOCK_SIZE, BlockId, SequenceInput, StepInput};
-use flotilla_engine::{Runner, RunnerOptions};
+use flotilla_engine::{Architecture, Precision, Runner, RunnerOptions};
 use synthetic::{Random, Shape};
 
 const SMALL: Shape = Shape {
+    architecture: Architecture::Llama,
     hidden_size: 256,
     intermediate_size: 704,
     num_hidden_layers: 6,
@@ -26,6 +27,7 @@ const SMALL: Shape = Shape {
 };
 
 const LARGE: Shape = Shape {
+    architecture: Architecture::Llama,
     hidden_size: 768,
     intermediate_size: 2048,
     num_hidden_layers: 12,
@@ -43,22 +45,24 @@ fn main() {
     let threads = threads.unwrap_or_else(|| {
         std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
     });
-    let models =
-        [("small", SMALL), ("large", LARGE), ("large, bf16", Shape { bf16: true, ..LARGE })];
-    for (name, shape) in models {
-        measure(name, shape, threads);
+    let kept = RunnerOptions { threads, max_num_batched_tokens: MAX_TOKENS, ..Default::default() };
+    measure("small", SMALL, &kept);
+    for precision in Precision::ALL {
+        let options = RunnerOptions { precision: Some(precision), ..kept };
+        measure(&format!("large, {precision}"), LARGE, &options);
     }
 }
 
-fn measure(name: &str, shape: Shape, threads: usize) {
+fn measure(name: &str, shape: Shape, options: &RunnerOptions) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let num_parameters = shape.write(folder.path(), 1);
-    let options = RunnerOptions { threads, max_num_batched_tokens: MAX_TOKENS };
     let start = Instant::now();
-    let mut runner = Runner::load(folder.path(), &options).expect("the model just written");
+    let mut runner = Runner::load(folder.path(), options).expect("the model just written");
     println!(
-        "{name}: {:.1} M parameters, {threads} threads, loaded in {:?}",
+        "{name}: {:.1} M parameters in {:.1} MB, {} threads, loaded in {:?}",
         num_parameters as f64 / 1e6,
+        runner.weight_bytes() as f64 / 1e6,
+        options.threads,
         start.elapsed()
     );
     runner.allocate_kv_cache(64 * 40).expect("a KV cache");
@@ -107,6 +111,7 @@ fn runner_step(runner: &mut Runner, num_sequences: usize, computed: usize, sched
                 num_scheduled_tokens: scheduled,
                 num_computed_tokens: computed,
                 block_table: (sequence * blocks..(sequence + 1) * blocks).map(BlockId).collect(),
+                is_long: false,
                 wants_logits: true,
             })
             .collect(),

@@ -9,11 +9,11 @@ use std::sync::{Mutex, PoisonError};
 use crate::config::ModelConfig;
 use crate::kernels::{
     Cpu, Finish, Kernel, LANES, Lanes, Operand, Product, Rows, SharedRows, Vector, accumulate,
-    rms_norm_row, rope_row, softmax_row,
+    rms_norm_row, rope_row, softcap_row, softmax_row,
 };
-use crate::kv_cache::{HeadMut, LayerCache};
+use crate::kv_cache::{Cached, HeadMut, LayerCache, Pages};
 use crate::model::rope::RopeTable;
-use crate::step::{BLOCK_SIZE, BlockId, StepInput};
+use crate::step::{BLOCK_SIZE, BlockId, SequenceInput, StepInput};
 
 /// Queries (tokens by heads that share a key) of one piece of work.
 const PIECE_QUERIES: usize = 32;
@@ -37,6 +37,7 @@ pub(crate) struct Attention {
 #[derive(Clone, Copy, Debug)]
 struct Token {
     position: usize,
+    is_long: bool,
     block: BlockId,
     offset: usize,
 }
@@ -65,6 +66,8 @@ pub(crate) struct LayerInput<'a> {
     pub(crate) config: &'a ModelConfig,
     /// Angles of every position.
     pub(crate) rope: &'a RopeTable,
+    /// Tokens that a token sees, itself included; all before it if `None`.
+    pub(crate) sliding_window: Option<usize>,
     /// Weights of the norms of queries and keys, where the model has them.
     pub(crate) qk_norm: Option<(&'a [f32], &'a [f32])>,
     /// Queries, keys and values: `(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim)`.
@@ -90,6 +93,7 @@ impl Attention {
             let end = first + sequence.num_scheduled_tokens;
             self.tokens.extend((first..end).map(|position| Token {
                 position,
+                is_long: sequence.is_long,
                 block: sequence.block_table[position / BLOCK_SIZE],
                 offset: position % BLOCK_SIZE,
             }));
@@ -105,15 +109,24 @@ impl Attention {
 
     /// Rotates the step's keys and writes them and the values to the cache.
     pub(crate) fn write(&self, cpu: &Cpu, layer: LayerInput<'_>, cache: &mut LayerCache) {
+        match cache {
+            LayerCache::Fp32(pages) => self.write_pages(cpu, layer, pages),
+            LayerCache::Fp16(pages) => self.write_pages(cpu, layer, pages),
+            LayerCache::Bf16(pages) => self.write_pages(cpu, layer, pages),
+            LayerCache::Q8(pages) => self.write_pages(cpu, layer, pages),
+        }
+    }
+
+    fn write_pages<S: Cached>(&self, cpu: &Cpu, layer: LayerInput<'_>, pages: &mut Pages<S>) {
         let tokens = &self.tokens;
-        let write = |head: usize, cache: &mut HeadMut<'_>| {
+        let write = |head: usize, cache: &mut HeadMut<'_, S>| {
             cpu.simd.run(Write { layer, tokens, head, cache });
         };
         if tokens.len() < MIN_SHARED_WRITES {
-            cache.heads_mut().enumerate().for_each(|(head, mut cache)| write(head, &mut cache));
+            pages.heads_mut().enumerate().for_each(|(head, mut cache)| write(head, &mut cache));
             return;
         }
-        let mut heads: Vec<_> = cache.heads_mut().collect();
+        let mut heads: Vec<_> = pages.heads_mut().collect();
         cpu.threads.share_chunks(&mut heads, 1, |head, (): &mut (), cache| {
             write(head, &mut cache[0]);
         });
@@ -127,6 +140,21 @@ impl Attention {
         (input, cache): (&StepInput, &LayerCache),
         out: SharedRows<'_>,
     ) {
+        match cache {
+            LayerCache::Fp32(pages) => self.attend_pages(cpu, layer, (input, pages), out),
+            LayerCache::Fp16(pages) => self.attend_pages(cpu, layer, (input, pages), out),
+            LayerCache::Bf16(pages) => self.attend_pages(cpu, layer, (input, pages), out),
+            LayerCache::Q8(pages) => self.attend_pages(cpu, layer, (input, pages), out),
+        }
+    }
+
+    fn attend_pages<S: Cached>(
+        &self,
+        cpu: &Cpu,
+        layer: LayerInput<'_>,
+        (input, cache): (&StepInput, &Pages<S>),
+        out: SharedRows<'_>,
+    ) {
         let num_kv_heads = layer.config.num_key_value_heads;
         cpu.threads.share(self.pieces.len() * num_kv_heads, self.work, |index| {
             let piece = self.pieces[index / num_kv_heads];
@@ -137,11 +165,8 @@ impl Attention {
                 layer,
                 piece,
                 head: index % num_kv_heads,
-                blocks: Blocks {
-                    cache,
-                    head: index % num_kv_heads,
-                    table: &input.sequences[piece.sequence].block_table,
-                },
+                sequence: &input.sequences[piece.sequence],
+                cache,
                 scratch: &mut scratch,
                 out,
             });
@@ -150,30 +175,30 @@ impl Attention {
 }
 
 /// Writes one head's keys and values.
-struct Write<'a, 'b> {
+struct Write<'a, 'b, S> {
     layer: LayerInput<'a>,
     tokens: &'a [Token],
     head: usize,
-    cache: &'a mut HeadMut<'b>,
+    cache: &'a mut HeadMut<'b, S>,
 }
 
-impl Kernel for Write<'_, '_> {
+impl<S: Cached> Kernel for Write<'_, '_, S> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let LayerInput { config, rope, qk_norm, qkv } = self.layer;
+        let LayerInput { config, rope, qk_norm, qkv, .. } = self.layer;
         let dim = config.head_dim;
         let key_column = config.query_width() + self.head * dim;
         let mut key = [0.0; MAX_STACK_DIM];
         let mut long_key = Vec::new();
         let key = stack_or_heap(&mut key, &mut long_key, dim);
         for (row, token) in self.tokens.iter().enumerate() {
-            let (cos, sin) = rope.at(token.position);
+            let (cos, sin) = rope.at(token.position, token.is_long);
             let projected = qkv.slice(row, key_column, dim);
             match qk_norm {
                 Some((_, weight)) => rms_norm_row(projected, weight, config.rms_norm_eps, key),
                 None => key.copy_from_slice(projected),
             }
-            rope_row(key, cos, sin);
+            rope_row(&mut key[..2 * cos.len()], cos, sin);
             let value = qkv.slice(row, key_column + config.kv_width(), dim);
             self.cache.write((token.block, token.offset), key, value);
         }
@@ -192,20 +217,49 @@ fn stack_or_heap<'a>(stack: &'a mut [f32], heap: &'a mut Vec<f32>, len: usize) -
     heap
 }
 
-/// One head's share of the cache, in the order of a sequence.
+/// One head's share of the cache, in the order of a sequence, from some block on.
 #[derive(Clone, Copy)]
-struct Blocks<'a> {
-    cache: &'a LayerCache,
+struct Blocks<'a, S> {
+    cache: &'a Pages<S>,
     head: usize,
     table: &'a [BlockId],
 }
 
+impl<S: Cached> Blocks<'_, S> {
+    /// Multiplies what belongs to the first keys by the keys' scales, if there are any.
+    #[inline(always)]
+    fn scale_by_keys(self, scores: &mut [f32]) {
+        if S::SCALED {
+            for (scores, block) in scores.chunks_mut(BLOCK_SIZE).zip(self.table) {
+                multiply(scores, self.cache.key_scales(self.head, *block));
+            }
+        }
+    }
+
+    /// Multiplies what belongs to the first values by the values' scales, if there are any.
+    #[inline(always)]
+    fn scale_by_values(self, weights: &mut [f32]) {
+        if S::SCALED {
+            for (weights, block) in weights.chunks_mut(BLOCK_SIZE).zip(self.table) {
+                multiply(weights, self.cache.value_scales(self.head, *block));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn multiply(numbers: &mut [f32], scales: &Lanes) {
+    for (number, scale) in numbers.iter_mut().zip(scales.0) {
+        *number *= scale;
+    }
+}
+
 /// Keys as a right-hand side: each block a panel of 16 columns, the head's dimensions in between.
 #[derive(Clone, Copy)]
-struct Keys<'a>(Blocks<'a>);
+struct Keys<'a, S>(Blocks<'a, S>);
 
-impl Operand for Keys<'_> {
-    type Stored = Lanes;
+impl<S: Cached> Operand for Keys<'_, S> {
+    type Stored = S;
 
     #[inline(always)]
     fn num_segments(&self) -> usize {
@@ -213,20 +267,20 @@ impl Operand for Keys<'_> {
     }
 
     #[inline(always)]
-    fn segment(&self, panel: usize, _segment: usize) -> &[Lanes] {
+    fn segment(&self, panel: usize, _segment: usize) -> &[S] {
         self.0.cache.keys(self.0.head, self.0.table[panel])
     }
 }
 
 /// Values as a right-hand side: 16 dimensions a panel, the first keys in between, block by block.
 #[derive(Clone, Copy)]
-struct Values<'a> {
-    blocks: Blocks<'a>,
+struct Values<'a, S> {
+    blocks: Blocks<'a, S>,
     num_blocks: usize,
 }
 
-impl Operand for Values<'_> {
-    type Stored = Lanes;
+impl<S: Cached> Operand for Values<'_, S> {
+    type Stored = S;
 
     #[inline(always)]
     fn num_segments(&self) -> usize {
@@ -234,31 +288,43 @@ impl Operand for Values<'_> {
     }
 
     #[inline(always)]
-    fn segment(&self, panel: usize, segment: usize) -> &[Lanes] {
+    fn segment(&self, panel: usize, segment: usize) -> &[S] {
         self.blocks.cache.values(self.blocks.head, self.blocks.table[segment], panel)
     }
 }
 
 /// Some tokens of one sequence, and the query heads of one key head.
-struct Attend<'a> {
+struct Attend<'a, S> {
     layer: LayerInput<'a>,
     piece: Piece,
     head: usize,
-    blocks: Blocks<'a>,
+    sequence: &'a SequenceInput,
+    cache: &'a Pages<S>,
     scratch: &'a mut Scratch,
     out: SharedRows<'a>,
 }
 
-impl Kernel for Attend<'_> {
+impl<S: Cached> Kernel for Attend<'_, S> {
     /// Queries are rows, those of a token's heads side by side: `(num_tokens, heads_per_kv_head)`.
     #[inline(always)]
     #[expect(unsafe_code, reason = "several threads write disjoint heads of the same rows")]
     fn run<V: Vector>(self) {
-        let LayerInput { config, .. } = self.layer;
+        let LayerInput { config, sliding_window, .. } = self.layer;
         let Piece { first_token, num_tokens, first_position, .. } = self.piece;
         let (dim, group) = (config.head_dim, config.heads_per_kv_head());
         let num_queries = num_tokens * group;
-        let num_blocks = (first_position + num_tokens).div_ceil(BLOCK_SIZE);
+        // Blocks that lie before all the windows are not looked at: block 0 is the first that is seen.
+        let first_seen = |position: usize| {
+            sliding_window.map_or(0, |window| (position + 1).saturating_sub(window))
+        };
+        let first_block = first_seen(first_position) / BLOCK_SIZE;
+        let skipped = first_block * BLOCK_SIZE;
+        let blocks = Blocks {
+            cache: self.cache,
+            head: self.head,
+            table: &self.sequence.block_table[first_block..],
+        };
+        let num_blocks = (first_position + num_tokens - skipped).div_ceil(BLOCK_SIZE);
         let width = num_blocks * BLOCK_SIZE;
         let padded_dim = dim.next_multiple_of(LANES);
         let (query_stride, score_stride) = (padded_dim + ROW_PADDING, width + ROW_PADDING);
@@ -271,12 +337,13 @@ impl Kernel for Attend<'_> {
             let column = (self.head * group + row % group) * dim;
             let position = first_position + row / group;
             let projected = self.layer.qkv.slice(first_token + row / group, column, dim);
-            load_query(self.layer, projected, position, &mut query[..dim]);
+            let angles = self.layer.rope.at(position, self.sequence.is_long);
+            load_query(self.layer, projected, angles, &mut query[..dim]);
         }
         Product {
             x: Rows::new(queries, query_stride),
             rows: 0..num_queries,
-            w: Keys(self.blocks),
+            w: Keys(blocks),
             panels: 0..num_blocks,
             out: SharedRows::new(scores, width, score_stride),
             finish: Finish::Store,
@@ -284,28 +351,36 @@ impl Kernel for Attend<'_> {
         .run::<V>();
 
         // What every query sees is multiplied for all of them, the rest query by query.
-        let common_blocks = (first_position + 1) / BLOCK_SIZE;
+        // Keys before a query's window weigh nothing, which adds nothing to its sums.
+        let common_blocks = (first_position + 1 - skipped) / BLOCK_SIZE;
         let mut totals = [0.0; PIECE_QUERIES];
         let mut many_totals = Vec::new();
         let totals = stack_or_heap(&mut totals, &mut many_totals, num_queries);
         for (row, total) in totals.iter_mut().enumerate() {
-            let visible = first_position + row / group + 1;
-            *total = softmax_row(&mut scores[row * score_stride..][..visible]);
+            let position = first_position + row / group;
+            let scores = &mut scores[row * score_stride..][..position + 1 - skipped];
+            blocks.scale_by_keys(scores);
+            let first_seen = first_seen(position) - skipped;
+            if let Some(cap) = config.attention_softcap {
+                softcap_row(&mut scores[first_seen..], cap);
+            }
+            *total = softmax_row(scores, first_seen);
+            blocks.scale_by_values(scores);
         }
         Product {
             x: Rows::new(scores, score_stride),
             rows: 0..num_queries,
-            w: Values { blocks: self.blocks, num_blocks: common_blocks },
+            w: Values { blocks, num_blocks: common_blocks },
             panels: 0..padded_dim / LANES,
             out: SharedRows::new(sums, padded_dim, query_stride),
             finish: Finish::Store,
         }
         .run::<V>();
         for (row, total) in totals.iter().enumerate() {
-            let visible = first_position + row / group + 1;
-            let weights = &scores[row * score_stride..][..visible];
+            let position = first_position + row / group;
+            let weights = &scores[row * score_stride..][..position + 1 - skipped];
             let sum = &mut sums[row * query_stride..][..padded_dim];
-            add_values::<V>(self.blocks, common_blocks, weights, sum);
+            add_values::<V, S>(blocks, common_blocks, weights, sum);
             let column = (self.head * group + row % group) * dim;
             // SAFETY: these tokens and heads are this piece's alone.
             let out = unsafe { self.out.slice_mut(first_token + row / group, column, dim) };
@@ -319,22 +394,30 @@ impl Kernel for Attend<'_> {
 
 /// Norms, rotates and scales a query.
 #[inline(always)]
-fn load_query(layer: LayerInput<'_>, projected: &[f32], position: usize, query: &mut [f32]) {
-    let (cos, sin) = layer.rope.at(position);
+fn load_query(
+    layer: LayerInput<'_>,
+    projected: &[f32],
+    (cos, sin): (&[f32], &[f32]),
+    query: &mut [f32],
+) {
     match layer.qk_norm {
         Some((weight, _)) => rms_norm_row(projected, weight, layer.config.rms_norm_eps, query),
         None => query.copy_from_slice(projected),
     }
-    rope_row(query, cos, sin);
-    let scale = 1.0 / (query.len() as f32).sqrt();
+    rope_row(&mut query[..2 * cos.len()], cos, sin);
     for x in query {
-        *x *= scale;
+        *x *= layer.config.attention_scale;
     }
 }
 
 /// Adds the weighted values from block `first_block` on to `sum`, in the order of the keys.
 #[inline(always)]
-fn add_values<V: Vector>(blocks: Blocks<'_>, first_block: usize, weights: &[f32], sum: &mut [f32]) {
+fn add_values<V: Vector, S: Cached>(
+    blocks: Blocks<'_, S>,
+    first_block: usize,
+    weights: &[f32],
+    sum: &mut [f32],
+) {
     for (block, weights) in weights.chunks(BLOCK_SIZE).enumerate().skip(first_block) {
         for (group, sum) in sum.chunks_exact_mut(LANES).enumerate() {
             let values = blocks.cache.values(blocks.head, blocks.table[block], group);
@@ -355,97 +438,4 @@ fn grow(memory: &mut Vec<f32>, len: usize) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::kernels::{Activations, Simd, Threads};
-    use crate::kv_cache::KvCache;
-    use crate::step::SequenceInput;
-
-    const NUM_TOKENS: usize = 75;
-
-    fn config(num_kv_heads: usize, head_dim: usize) -> ModelConfig {
-        let json = serde_json::json!({
-            "model_type": "llama", "hidden_size": 32, "intermediate_size": 8, "num_hidden_layers": 1,
-            "num_attention_heads": 4, "num_key_value_heads": num_kv_heads, "head_dim": head_dim,
-            "vocab_size": 8, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
-        });
-        ModelConfig::parse(&json.to_string()).unwrap()
-    }
-
-    /// Position by position, in `f64`, out of a plain list of rotated rows.
-    fn naive(config: &ModelConfig, rope: &RopeTable, qkv: &Activations, head: usize) -> Vec<f64> {
-        let dim = config.head_dim;
-        let rotated = |row: usize, column: usize| -> Vec<f64> {
-            let (cos, sin) = rope.at(row);
-            let x = &qkv.row(row)[column..][..dim];
-            (0..dim)
-                .map(|i| {
-                    let pair = i % (dim / 2);
-                    let (a, b) = (f64::from(x[pair]), f64::from(x[pair + dim / 2]));
-                    let (cos, sin) = (f64::from(cos[pair]), f64::from(sin[pair]));
-                    if i < dim / 2 { a * cos - b * sin } else { b * cos + a * sin }
-                })
-                .collect()
-        };
-        let key_column = config.query_width() + head / config.heads_per_kv_head() * dim;
-        let value_column = key_column + config.kv_width();
-        let mut out = Vec::new();
-        for row in 0..NUM_TOKENS {
-            let query = rotated(row, head * dim);
-            let weights: Vec<f64> = (0..=row)
-                .map(|key| {
-                    let key = rotated(key, key_column);
-                    let dot: f64 = query.iter().zip(key).map(|(q, k)| q * k).sum();
-                    (dot / (dim as f64).sqrt()).exp()
-                })
-                .collect();
-            let total: f64 = weights.iter().sum();
-            out.extend((0..dim).map(|i| {
-                let value = |key: usize| f64::from(qkv.row(key)[value_column + i]);
-                (0..=row).map(|key| weights[key] * value(key)).sum::<f64>() / total
-            }));
-        }
-        out
-    }
-
-    #[test]
-    fn attention_agrees_with_the_plain_formula() {
-        for (num_kv_heads, head_dim) in [(4, 16), (2, 10), (1, 64), (1, 300)] {
-            let config = config(num_kv_heads, head_dim);
-            let width = config.query_width() + 2 * config.kv_width();
-            let mut qkv = Activations::new(NUM_TOKENS, width);
-            for row in 0..NUM_TOKENS {
-                let numbers = qkv.row_mut(row).iter_mut().enumerate();
-                numbers.for_each(|(i, x)| *x = ((row * 31 + i * 17) as f32 * 0.37).sin());
-            }
-            let rope = RopeTable::new(&config.rope, NUM_TOKENS);
-            let input = StepInput {
-                token_ids: vec![0; NUM_TOKENS],
-                sequences: vec![SequenceInput {
-                    num_scheduled_tokens: NUM_TOKENS,
-                    num_computed_tokens: 0,
-                    block_table: [6, 2, 5, 0, 3].map(BlockId).to_vec(),
-                    wants_logits: false,
-                }],
-            };
-            let cpu = Cpu { simd: Simd::detect(), threads: Threads::new(1).unwrap() };
-            let mut cache = KvCache::new(&config, 7).unwrap();
-            let mut attention = Attention::new(1);
-            let mut out = Activations::new(NUM_TOKENS, config.query_width());
-            let layer = LayerInput { config: &config, rope: &rope, qk_norm: None, qkv: qkv.rows() };
-            attention.plan(&config, &input);
-            attention.write(&cpu, layer, cache.layer_mut(0));
-            attention.attend(&cpu, layer, (&input, cache.layer_mut(0)), out.shared());
-            for head in 0..4 {
-                let want = naive(&config, &rope, &qkv, head);
-                for (i, want) in want.iter().enumerate() {
-                    let got = out.row(i / head_dim)[head * head_dim + i % head_dim];
-                    assert!(
-                        (f64::from(got) - want).abs() < 1e-5,
-                        "head {head}, {i}: {got}, {want}"
-                    );
-                }
-            }
-        }
-    }
-}
+mod tests;

@@ -21,6 +21,9 @@ use crate::step::{BLOCK_SIZE, BlockId, TokenId};
 pub struct BlockHash([u8; 16]);
 
 impl BlockHash {
+    /// What the first block of a long sequence ([`crate::step::SequenceInput::is_long`]) follows.
+    pub(crate) const LONG: Self = Self(*b"longer than that");
+
     /// The hash of a full block behind a parent.
     pub fn new(parent: Option<&BlockHash>, tokens: &[TokenId]) -> Self {
         let mut hasher = Sha256::new();

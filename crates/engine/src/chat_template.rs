@@ -1,25 +1,31 @@
 //! Jinja templates: a model's chat template, and the templates of the user's message.
 //!
-//! They are rendered as transformers renders them. What goes in and out here is text; the tokens of a prompt
-//! are made in `prompt`.
+//! They are rendered as transformers renders them (`jinja`). What goes in and out here is text; the tokens of
+//! a prompt are made in `prompt`.
+
+mod jinja;
+mod json;
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Serde};
-use minijinja::{Environment, ErrorKind, Value, context};
+use minijinja::value::Serde;
+use minijinja::{Environment, Value, context};
 use serde::Serialize;
 
 use crate::Error;
-use crate::tokenizer::{read_json, read_text, token_content};
+use crate::model_files::ModelFiles;
+use crate::tokenizer::named_tokens;
 
-/// The name of the one template of an environment.
+/// The name of a template that comes from no file.
 const NAME: &str = "template";
 
 /// The template of the user's message for models that bring none.
 const DEFAULT_USER_TEMPLATE: &str =
     "{% if context %}Documentation:\n\n{{ context }}\n\n{% endif %}Question: {{ query }}";
+
+/// Words that stand for a message's text where it is found out what a template does.
+const PROBES: [&str; 2] = ["system-probe", "user-probe"];
 
 /// One message of a conversation.
 #[derive(Clone, Copy, Debug, Serialize)]
@@ -34,51 +40,57 @@ pub struct Message<'a> {
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    /// Where it comes from; its name in errors.
+    origin: String,
     /// `bos_token`, `eos_token` and their like, as the template knows them.
     special_tokens: BTreeMap<String, String>,
     takes_system: bool,
+    /// Whether it reads only messages whose content is a list of parts.
+    wants_parts: bool,
 }
 
 impl ChatTemplate {
-    /// The chat template of the model in a folder; `None` if it has none.
+    /// The chat template of a model; `None` if it has none.
     pub fn load(model_path: &Path) -> Result<Option<Self>, Error> {
-        let config = read_json(&model_path.join("tokenizer_config.json"))?.unwrap_or_default();
-        let source = match read_text(&model_path.join("chat_template.jinja"))? {
-            Some(source) => Some(source),
-            None => match template_source(&config["chat_template"]) {
-                Some(source) => Some(source),
-                None => read_json(&model_path.join("chat_template.json"))?
-                    .and_then(|file| template_source(&file["chat_template"])),
-            },
-        };
-        let Some(source) = source else {
+        let files = ModelFiles::open(model_path)?;
+        let config = files.json("tokenizer_config.json")?.unwrap_or_default();
+        let Some((origin, source)) = find_source(&files, &config)? else {
             return Ok(None);
         };
-        let mut special_tokens = BTreeMap::new();
-        let map = read_json(&model_path.join("special_tokens_map.json"))?.unwrap_or_default();
-        for name in ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token"] {
-            let content = token_content(&config[name]).or_else(|| token_content(&map[name]));
-            if let Some(content) = content {
-                special_tokens.insert(name.to_owned(), content.to_owned());
-            }
-        }
-        Self::new(&source, special_tokens).map(Some)
+        let map = files.json("special_tokens_map.json")?.unwrap_or_default();
+        let special_tokens = named_tokens(&config, &map);
+        Self::compile(origin, &source, special_tokens).map(Some)
     }
 
     /// Compiles a template.
     pub fn new(source: &str, special_tokens: BTreeMap<String, String>) -> Result<Self, Error> {
-        let mut environment = chat_environment();
+        Self::compile(NAME.to_owned(), source, special_tokens)
+    }
+
+    fn compile(
+        origin: String,
+        source: &str,
+        special_tokens: BTreeMap<String, String>,
+    ) -> Result<Self, Error> {
+        let mut environment = jinja::chat_environment();
         environment
-            .add_template_owned(NAME, source.to_owned())
-            .map_err(|error| Error::Model(format!("the chat template is wrong: {error:#}")))?;
-        let mut template = Self { environment, special_tokens, takes_system: true };
-        let probe = [
-            Message { role: "system", content: "system-probe" },
-            Message { role: "user", content: "user-probe" },
-        ];
+            .add_template_owned(origin.clone(), jinja::prepared(source))
+            .map_err(|error| Error::Model(format!("the chat template is wrong: {error}")))?;
+        let mut template =
+            Self { environment, origin, special_tokens, takes_system: true, wants_parts: false };
+        let [system, user] = PROBES;
+        let user = Message { role: "user", content: user };
+        let system = Message { role: "system", content: system };
+        let shows_user = |template: &Self| {
+            template.render(&[user], true).is_ok_and(|text| text.contains(user.content))
+        };
+        if !shows_user(&template) {
+            template.wants_parts = true;
+            template.wants_parts = shows_user(&template);
+        }
         // A template may refuse a system message, or leave it out without a word.
         template.takes_system =
-            template.render(&probe, true).is_ok_and(|text| text.contains("system-probe"));
+            template.render(&[system, user], true).is_ok_and(|text| text.contains(system.content));
         Ok(template)
     }
 
@@ -87,22 +99,120 @@ impl ChatTemplate {
         self.takes_system
     }
 
+    /// Roles whose messages become part of the prompt, of those that there usually are.
+    pub fn roles(&self) -> Vec<&'static str> {
+        let message = |role, content| Message { role, content };
+        let probe = "role-probe";
+        let shows = |role: &'static str| {
+            let first = message("user", "first");
+            let conversations = match role {
+                "system" => vec![message(role, probe), first],
+                "user" => vec![message(role, probe)],
+                "assistant" => vec![first, message(role, probe), message("user", "last")],
+                _ => vec![first, message("assistant", "second"), message(role, probe)],
+            };
+            self.render(&conversations, true).is_ok_and(|text| text.contains(probe))
+        };
+        ["system", "user", "assistant", "tool"].into_iter().filter(|role| shows(role)).collect()
+    }
+
     /// The text of a conversation.
     pub fn render(
         &self,
         messages: &[Message<'_>],
         add_generation_prompt: bool,
     ) -> Result<String, Error> {
-        let render = || {
-            let messages = Value::from(Serde(messages));
-            let own = context! { messages, add_generation_prompt, tools => (), documents => () };
-            let context = context! { ..own, ..Value::from(Serde(&self.special_tokens)) };
-            self.environment.get_template(NAME)?.render(context)
+        let message = |message: &Message<'_>| {
+            let content = if self.wants_parts {
+                Value::from(vec![context! { type => "text", text => message.content }])
+            } else {
+                Value::from(message.content)
+            };
+            context! { role => message.role, content }
         };
-        render().map_err(|error| {
-            let text = error.detail().map_or_else(|| error.to_string(), str::to_owned);
-            Error::Reject(format!("the chat template refuses the prompt: {text}"))
+        let messages: Vec<Value> = messages.iter().map(message).collect();
+        self.render_with(context! { messages, add_generation_prompt })
+    }
+
+    /// The text that the template makes of these variables, of which `messages` is one, as transformers'
+    /// `apply_chat_template` takes them.
+    pub fn render_with(&self, variables: impl Serialize) -> Result<String, Error> {
+        let defaults = context! { tools => (), documents => (), add_generation_prompt => false };
+        let context = context! {
+            ..Value::from(Serde(&variables)),
+            ..Value::from(Serde(&self.special_tokens)),
+            ..defaults
+        };
+        let template = self.environment.get_template(&self.origin);
+        template.and_then(|template| template.render(context)).map_err(|error| {
+            let raised = std::error::Error::source(&error).and_then(|s| s.downcast_ref());
+            Error::Reject(match raised {
+                Some(jinja::Raised(text)) => {
+                    format!("the chat template ({}) refuses the prompt: {text}", self.origin)
+                }
+                None => format!("the chat template failed: {error}"),
+            })
         })
+    }
+}
+
+/// A model's chat template and the file that it comes from, in the order in which transformers looks: files of
+/// their own, then the tokenizer's configuration, then that of older processors.
+fn find_source(
+    files: &ModelFiles,
+    config: &serde_json::Value,
+) -> Result<Option<(String, String)>, Error> {
+    const FILE: &str = "chat_template.jinja";
+    if let Some(source) = files.text(FILE)? {
+        return Ok(Some((FILE.to_owned(), source)));
+    }
+    let others = ["additional_chat_templates/default.jinja", "chat_templates/default.jinja"];
+    for name in others {
+        if let Some(source) = files.text(name)? {
+            return Ok(Some((name.to_owned(), source)));
+        }
+    }
+    let processor = files.json("chat_template.json")?.unwrap_or_default();
+    let configs = [("tokenizer_config.json", config), ("chat_template.json", &processor)];
+    for (name, config) in configs {
+        if let Some(source) = template_source(&config["chat_template"])
+            .map_err(|what| Error::Model(format!("chat_template in {name} {what}")))?
+        {
+            return Ok(Some((name.to_owned(), source)));
+        }
+    }
+    Ok(None)
+}
+
+/// A template as configuration files have it: a string, or several named ones of which `default` counts.
+fn template_source(value: &serde_json::Value) -> Result<Option<String>, String> {
+    let mut names = Vec::new();
+    let mut named = BTreeMap::new();
+    match value {
+        serde_json::Value::Null => return Ok(None),
+        serde_json::Value::String(source) => return Ok(Some(source.clone())),
+        serde_json::Value::Array(entries) => {
+            for entry in entries {
+                if let (Some(name), Some(source)) =
+                    (entry["name"].as_str(), entry["template"].as_str())
+                {
+                    names.push(name);
+                    named.insert(name, source);
+                }
+            }
+        }
+        serde_json::Value::Object(entries) => {
+            for (name, source) in entries {
+                names.push(name);
+                named.extend(source.as_str().map(|source| (name.as_str(), source)));
+            }
+        }
+        other => return Err(format!("is {other}, expected a template or a list of named ones")),
+    }
+    match named.get("default") {
+        Some(source) => Ok(Some((*source).to_owned())),
+        None if names.is_empty() => Ok(None),
+        None => Err(format!("has none named \"default\", only {}", names.join(", "))),
     }
 }
 
@@ -130,107 +240,23 @@ pub struct UserTemplate {
 impl UserTemplate {
     /// Compiles a template.
     pub fn new(source: &str) -> Result<Self, Error> {
-        let mut environment = environment();
+        let mut environment = jinja::environment();
         environment
             .add_template_owned(NAME, source.to_owned())
-            .map_err(|error| Error::Reject(format!("the prompt template is wrong: {error:#}")))?;
+            .map_err(|error| Error::Reject(format!("the prompt template is wrong: {error}")))?;
         Ok(Self { environment })
     }
 
-    /// The template of the model in a folder, `prompt_template.jinja`, or the built-in one.
+    /// The template of the model, `prompt_template.jinja` in its folder, or the built-in one.
     pub fn load(model_path: &Path) -> Result<Self, Error> {
-        let own = read_text(&model_path.join("prompt_template.jinja"))?;
+        let own = ModelFiles::open(model_path)?.text("prompt_template.jinja")?;
         Self::new(own.as_deref().unwrap_or(DEFAULT_USER_TEMPLATE))
     }
 
     /// The user's message.
     pub fn render(&self, fields: &UserFields<'_>) -> Result<String, Error> {
         let render = || self.environment.get_template(NAME)?.render(Serde(fields));
-        render().map_err(|error| Error::Reject(format!("the prompt template failed: {error:#}")))
-    }
-}
-
-/// What both kinds of templates have in common.
-fn environment() -> Environment<'static> {
-    let mut environment = Environment::new();
-    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_filter("tojson", to_json);
-    environment
-}
-
-/// The environment in which transformers renders chat templates.
-fn chat_environment() -> Environment<'static> {
-    let mut environment = environment();
-    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-    environment.set_syntax(syntax.unwrap_or_default());
-    environment.add_function(
-        "raise_exception",
-        |text: String| -> Result<Value, minijinja::Error> {
-            Err(minijinja::Error::new(ErrorKind::InvalidOperation, text))
-        },
-    );
-    // No `strftime_now`: a prompt must not depend on the day it is computed. Templates that use it
-    // have a fixed date for where it isn't defined.
-    environment
-}
-
-/// A template as configuration files have it: a string, or a list of named ones.
-fn template_source(value: &serde_json::Value) -> Option<String> {
-    if let Some(source) = value.as_str() {
-        return Some(source.to_owned());
-    }
-    let named = value.as_array()?;
-    let chosen = named.iter().find(|entry| entry["name"] == "default").or_else(|| named.first())?;
-    chosen["template"].as_str().map(str::to_owned)
-}
-
-/// The filter `tojson` as Python's `json.dumps` writes it.
-#[expect(clippy::needless_pass_by_value, reason = "the shape of a filter")]
-fn to_json(value: Value, options: Kwargs) -> Result<String, minijinja::Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    let mut text = Vec::new();
-    let wrong = |error: serde_json::Error| {
-        minijinja::Error::new(ErrorKind::BadSerialization, error.to_string())
-    };
-    if let Some(indent) = indent {
-        let indent = b" ".repeat(indent);
-        let pretty = serde_json::ser::PrettyFormatter::with_indent(&indent);
-        let mut writer = serde_json::Serializer::with_formatter(&mut text, pretty);
-        value.serialize(&mut writer).map_err(wrong)?;
-    } else {
-        let mut writer = serde_json::Serializer::with_formatter(&mut text, PythonFormatter);
-        value.serialize(&mut writer).map_err(wrong)?;
-    }
-    String::from_utf8(text)
-        .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))
-}
-
-/// JSON with a space behind commas and colons.
-struct PythonFormatter;
-
-impl serde_json::ser::Formatter for PythonFormatter {
-    fn begin_array_value<W: std::io::Write + ?Sized>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_key<W: std::io::Write + ?Sized>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> std::io::Result<()> {
-        if first { Ok(()) } else { writer.write_all(b", ") }
-    }
-
-    fn begin_object_value<W: std::io::Write + ?Sized>(
-        &mut self,
-        writer: &mut W,
-    ) -> std::io::Result<()> {
-        writer.write_all(b": ")
+        render().map_err(|error| Error::Reject(format!("the prompt template failed: {error}")))
     }
 }
 
@@ -252,9 +278,13 @@ mod tests {
 
     #[test]
     fn a_prompt_does_not_depend_on_the_day() {
-        let source =
-            "{% if strftime_now is defined %}{{ strftime_now('%d') }}{% else %}26{% endif %}";
-        assert_eq!(render(source), "26");
+        assert_eq!(render("{{ strftime_now('%d %b %Y, %-m') }}"), "26 Jul 2024, 7");
+    }
+
+    #[test]
+    fn a_template_that_reads_only_parts_gets_parts() {
+        let source = "{% for part in messages[0].content %}{{ part.text }}{% endfor %}";
+        assert_eq!(render(source), "hi <b>");
     }
 
     #[test]

@@ -1,25 +1,69 @@
-//! A checkpoint's `config.json`: what the model is, read strictly.
+//! What a model is: a checkpoint's `config.json`, read strictly.
 //!
+//! Every architecture is the same decoder with other settings; they are told apart here and nowhere else.
 //! Both dialects are read: that of transformers 4 (`rope_theta`, `rope_scaling`) and that of 5
 //! (`rope_parameters`). What would change the numbers and is not supported is an error, never ignored.
+
+mod family;
+mod fields;
+mod layers;
+mod rope;
+
+pub use self::family::Architecture;
 
 use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use self::family::{Defaults, architecture};
+use self::fields::Fields;
+use self::layers::{experts, layers};
+use self::rope::RopeContext;
 use crate::Error;
-use crate::model::rope::{Rope, RopeScaling};
+use crate::model::rope::Rope;
+use crate::model_files::ModelFiles;
 use crate::step::TokenId;
 
-/// No dimension of a model is larger; what is, is a damaged file.
-const MAX_DIMENSION: usize = 1 << 24;
+/// What the gates of the feed-forward network go through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`
+    Silu,
+    /// The Gaussian unit by its approximation with tanh.
+    GeluTanh,
+    /// The Gaussian unit.
+    Gelu,
+}
 
-/// Most layers.
-const MAX_LAYERS: usize = 1 << 12;
+/// What sets one layer apart from another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerConfig {
+    /// Tokens that a token sees, itself included; all before it if `None`.
+    pub sliding_window: Option<usize>,
+    /// Index into [`ModelConfig::ropes`].
+    pub rope: usize,
+    /// Whether its feed-forward network is one of experts ([`ModelConfig::experts`]).
+    pub experts: bool,
+}
+
+/// Layers whose feed-forward network is several, of which each token goes through a few.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExpertsConfig {
+    /// Experts of a layer.
+    pub num_experts: usize,
+    /// Experts that a token goes through.
+    pub num_experts_per_token: usize,
+    /// Width inside an expert.
+    pub intermediate_size: usize,
+    /// Whether the weights of a token's experts are made to sum to 1.
+    pub normalize_weights: bool,
+}
 
 /// What a decoder-only model looks like.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
+    /// The family it belongs to.
+    pub architecture: Architecture,
     /// Width of the residual stream.
     pub hidden_size: usize,
     /// Width inside the feed-forward network.
@@ -38,8 +82,26 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Added to the mean square in norms.
     pub rms_norm_eps: f32,
-    /// How positions enter attention.
-    pub rope: Rope,
+    /// Added to the weights of norms when they are loaded.
+    pub norm_offset: f32,
+    /// Whether attention and the feed-forward network are normed behind as well as before.
+    pub sandwich_norms: bool,
+    /// What the gates of the feed-forward network go through.
+    pub activation: Activation,
+    /// Embeddings are multiplied by it.
+    pub embedding_scale: f32,
+    /// Products of queries and keys are multiplied by it.
+    pub attention_scale: f32,
+    /// Bound that the scaled products of queries and keys approach.
+    pub attention_softcap: Option<f32>,
+    /// Bound that the logits approach.
+    pub output_softcap: Option<f32>,
+    /// The ways in which positions enter attention; each layer names its own.
+    pub ropes: Vec<Rope>,
+    /// The layers, `num_hidden_layers` of them.
+    pub layers: Vec<LayerConfig>,
+    /// What the layers with experts look like, if there are such.
+    pub experts: Option<ExpertsConfig>,
     /// Whether the query, key and value projections have a bias.
     pub qkv_bias: bool,
     /// Whether the output projection of attention has a bias.
@@ -59,15 +121,13 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads `config.json` in a model's folder.
+    /// Reads the configuration of a model: its `config.json`, or a GGUF file's settings.
     pub fn load(model_path: &Path) -> Result<Self, Error> {
-        let path = model_path.join("config.json");
-        let text = match std::fs::read_to_string(&path) {
-            Ok(text) => text,
-            Err(source) => return Err(Error::Io { path, source }),
-        };
-        Self::parse(&text).map_err(|error| match error {
-            Error::Model(message) => Error::Model(format!("{}: {message}", path.display())),
+        let files = ModelFiles::open(model_path)?;
+        Self::parse(&files.required("config.json")?).map_err(|error| match error {
+            Error::Model(message) => {
+                Error::Model(format!("{}: {message}", files.name("config.json")))
+            }
             other => other,
         })
     }
@@ -76,48 +136,87 @@ impl ModelConfig {
     pub fn parse(text: &str) -> Result<Self, Error> {
         let object: Map<String, Value> = serde_json::from_str(text)
             .map_err(|error| Error::Model(format!("not a JSON object: {error}")))?;
-        let fields = Fields { object: &object, prefix: "" };
-        check_supported(&fields)?;
-        let hidden_size = fields.dimension("hidden_size")?;
-        let num_attention_heads = fields.dimension("num_attention_heads")?;
-        let num_key_value_heads =
-            fields.optional_dimension("num_key_value_heads")?.unwrap_or(num_attention_heads);
-        let head_dim = head_dim(&fields, hidden_size, num_attention_heads)?;
-        if !num_attention_heads.is_multiple_of(num_key_value_heads) {
-            return Err(Error::Model(format!(
-                "num_attention_heads ({num_attention_heads}) is not a multiple of num_key_value_heads \
-                 ({num_key_value_heads})"
-            )));
+        let top = Fields::new(&object, "");
+        let architecture = architecture(&top)?;
+        if top.get("quantization_config").is_some() {
+            return Err(Error::Model("quantized checkpoints are not supported".into()));
         }
-        let max_position_embeddings = fields.dimension("max_position_embeddings")?;
+        // A model of several kinds of input keeps what concerns text in an object of its own.
+        let mut object = match top.optional_object("text_config")? {
+            Some(text) => text.clone(),
+            None => return Self::from_fields(architecture, &top),
+        };
+        for name in ["tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"] {
+            if let Some(value) = top.get(name) {
+                object.insert(name.into(), value.clone());
+            }
+        }
+        // transformers' class for it doesn't bound the logits, whatever the text's config says.
+        let config = Self::from_fields(architecture, &Fields::new(&object, "text_config."))?;
+        Ok(Self { output_softcap: None, ..config })
+    }
+
+    fn from_fields(architecture: Architecture, fields: &Fields<'_>) -> Result<Self, Error> {
+        let defaults = Defaults::of(architecture);
+        let hidden_size = fields.dimension("hidden_size", defaults.hidden_size)?;
+        let (num_attention_heads, num_key_value_heads, head_dim) =
+            heads(fields, &defaults, hidden_size)?;
+        let max_position_embeddings =
+            fields.dimension("max_position_embeddings", defaults.max_position_embeddings)?;
+        let layers = layers(architecture, fields, &defaults)?;
+        let ropes = RopeContext {
+            architecture,
+            head_dim,
+            max_positions: max_position_embeddings,
+            default_theta: defaults.rope_theta,
+        };
+        let intermediate_size =
+            fields.dimension("intermediate_size", defaults.intermediate_size)?;
         let attention_bias = fields.boolean("attention_bias", false)?;
-        let config = Self {
+        let biased = |kinds: &[Architecture]| attention_bias && kinds.contains(&architecture);
+        let attention_output_bias =
+            biased(&[Architecture::Llama, Architecture::Qwen3, Architecture::Qwen3Moe])
+                || attention_bias && architecture.is_gemma();
+        let (attention_softcap, output_softcap) = softcaps(architecture, fields)?;
+        let token =
+            |name, default| Ok::<_, Error>(fields.token_ids(name, default)?.first().copied());
+        Ok(Self {
+            architecture,
             hidden_size,
-            intermediate_size: fields.dimension("intermediate_size")?,
-            num_hidden_layers: fields.dimension("num_hidden_layers")?,
+            intermediate_size,
+            num_hidden_layers: layers.len(),
             num_attention_heads,
             num_key_value_heads,
             head_dim,
-            vocab_size: fields.dimension("vocab_size")?,
+            vocab_size: fields.dimension("vocab_size", defaults.vocab_size)?,
             max_position_embeddings,
-            rms_norm_eps: fields.positive("rms_norm_eps")? as f32,
-            rope: rope(&fields, head_dim, max_position_embeddings)?,
-            qkv_bias: attention_bias,
-            attention_output_bias: attention_bias,
-            qk_norm: false,
-            mlp_bias: fields.boolean("mlp_bias", false)?,
-            tie_word_embeddings: fields.boolean("tie_word_embeddings", false)?,
-            eos_token_ids: fields.token_ids("eos_token_id")?,
-            bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
-            pad_token_id: fields.token_ids("pad_token_id")?.first().copied(),
-        };
-        if config.num_hidden_layers > MAX_LAYERS {
-            return Err(Error::Model(format!(
-                "num_hidden_layers is {}, expected at most {MAX_LAYERS}",
-                config.num_hidden_layers
-            )));
-        }
-        Ok(config)
+            rms_norm_eps: fields.optional_positive("rms_norm_eps")?.unwrap_or(defaults.rms_norm_eps)
+                as f32,
+            norm_offset: if architecture.is_gemma() { 1.0 } else { 0.0 },
+            sandwich_norms: architecture.is_gemma(),
+            activation: activation(architecture, fields)?,
+            embedding_scale: if architecture.is_gemma() { (hidden_size as f64).sqrt() } else { 1.0 }
+                as f32,
+            attention_scale: attention_scale(architecture, fields, head_dim)?,
+            attention_softcap,
+            output_softcap,
+            ropes: ropes.read(fields)?,
+            experts: experts(architecture, fields, intermediate_size)?
+                .filter(|_| layers.iter().any(|layer| layer.experts)),
+            layers,
+            qkv_bias: attention_output_bias || architecture == Architecture::Qwen2,
+            attention_output_bias,
+            qk_norm: matches!(
+                architecture,
+                Architecture::Qwen3 | Architecture::Qwen3Moe | Architecture::Gemma3
+            ),
+            mlp_bias: architecture == Architecture::Llama && fields.boolean("mlp_bias", false)?,
+            tie_word_embeddings: fields
+                .boolean("tie_word_embeddings", defaults.tie_word_embeddings)?,
+            eos_token_ids: fields.token_ids("eos_token_id", defaults.eos_token_id)?,
+            bos_token_id: token("bos_token_id", defaults.bos_token_id)?,
+            pad_token_id: token("pad_token_id", defaults.pad_token_id)?,
+        })
     }
 
     /// Query heads that share a key and value head.
@@ -134,281 +233,95 @@ impl ModelConfig {
     pub fn kv_width(&self) -> usize {
         self.num_key_value_heads * self.head_dim
     }
+
+    /// Tokens beyond which all positions of a sequence are rotated otherwise (longrope), if there is such a
+    /// length.
+    pub fn long_context_beyond(&self) -> Option<usize> {
+        self.ropes.iter().find_map(Rope::long_beyond)
+    }
 }
 
-fn check_supported(fields: &Fields<'_>) -> Result<(), Error> {
-    let architectures = fields.object.get("architectures").and_then(Value::as_array);
-    let architecture = architectures.and_then(|list| list.first()).and_then(Value::as_str);
-    let model_type = fields.object.get("model_type").and_then(Value::as_str);
-    match (architecture, model_type) {
-        (Some("LlamaForCausalLM"), _) | (None, Some("llama")) => {}
-        (Some(other), _) | (None, Some(other)) => {
-            return Err(Error::Model(format!(
-                "the architecture {other} is not supported, expected LlamaForCausalLM"
-            )));
-        }
-        (None, None) => {
-            return Err(Error::Model(
-                "neither architectures nor model_type is given, expected LlamaForCausalLM".into(),
-            ));
-        }
+/// Query heads, key and value heads, and the width of one.
+fn heads(
+    fields: &Fields<'_>,
+    defaults: &Defaults,
+    hidden_size: usize,
+) -> Result<(usize, usize, usize), Error> {
+    let num_attention_heads =
+        fields.dimension("num_attention_heads", defaults.num_attention_heads)?;
+    let num_key_value_heads = fields
+        .nullable_dimension("num_key_value_heads", defaults.num_key_value_heads)?
+        .unwrap_or(num_attention_heads);
+    if !num_attention_heads.is_multiple_of(num_key_value_heads) {
+        return Err(Error::Model(format!(
+            "num_attention_heads ({num_attention_heads}) is not a multiple of num_key_value_heads \
+             ({num_key_value_heads})"
+        )));
     }
-    match fields.object.get("hidden_act") {
-        None | Some(Value::Null) => {}
-        Some(Value::String(name)) if name == "silu" || name == "swish" => {}
-        Some(other) => {
-            return Err(Error::Model(format!(
-                "hidden_act {other} is not supported, expected \"silu\""
-            )));
-        }
-    }
-    if fields.object.get("quantization_config").is_some_and(|value| !value.is_null()) {
-        return Err(Error::Model("quantized checkpoints are not supported".into()));
-    }
-    Ok(())
-}
-
-fn head_dim(fields: &Fields<'_>, hidden_size: usize, num_heads: usize) -> Result<usize, Error> {
-    let head_dim = match fields.optional_dimension("head_dim")? {
+    let head_dim = match fields.optional_dimension("head_dim")?.or(defaults.head_dim) {
         Some(head_dim) => head_dim,
-        None if hidden_size.is_multiple_of(num_heads) => hidden_size / num_heads,
+        None if hidden_size.is_multiple_of(num_attention_heads) => {
+            hidden_size / num_attention_heads
+        }
         None => {
             return Err(Error::Model(format!(
-                "hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({num_heads})"
+                "hidden_size ({hidden_size}) is not a multiple of num_attention_heads \
+                 ({num_attention_heads})"
             )));
         }
     };
-    if !head_dim.is_multiple_of(2) {
-        return Err(Error::Model(format!("head_dim is {head_dim}, expected an even number")));
-    }
-    Ok(head_dim)
+    Ok((num_attention_heads, num_key_value_heads, head_dim))
 }
 
-/// Reads `rope_parameters`, or `rope_theta` and `rope_scaling`.
-fn rope(fields: &Fields<'_>, head_dim: usize, max_positions: usize) -> Result<Rope, Error> {
-    let empty = Map::new();
-    let top_theta = fields.optional_positive("rope_theta")?;
-    let (object, prefix) =
-        match (fields.object.get("rope_parameters"), fields.object.get("rope_scaling")) {
-            (Some(Value::Object(object)), _) => (object, "rope_parameters."),
-            (None | Some(Value::Null), Some(Value::Object(object))) => (object, "rope_scaling."),
-            (None | Some(Value::Null), None | Some(Value::Null)) => (&empty, ""),
-            _ => {
-                return Err(Error::Model(
-                    "rope_parameters or rope_scaling is not an object".into(),
-                ));
-            }
-        };
-    let scaling = Fields { object, prefix };
-    let theta = scaling.optional_positive("rope_theta")?.or(top_theta).unwrap_or(10_000.0);
-    for (holder, fields) in [("", fields), (prefix, &scaling)] {
-        let partial = fields.optional_positive("partial_rotary_factor")?;
-        if partial.is_some_and(|factor| factor != 1.0) {
-            return Err(Error::Model(format!("{holder}partial_rotary_factor is not supported")));
-        }
-    }
-    let name = object.get("rope_type").or_else(|| object.get("type"));
-    let name = match name {
-        None | Some(Value::Null) => "default",
-        Some(Value::String(name)) => name,
-        Some(other) => {
-            return Err(Error::Model(format!("{prefix}rope_type is {other}, expected a string")));
-        }
+fn activation(architecture: Architecture, fields: &Fields<'_>) -> Result<Activation, Error> {
+    let (field, default) = if architecture.is_gemma() {
+        ("hidden_activation", "gelu_pytorch_tanh")
+    } else {
+        ("hidden_act", "silu")
     };
-    let original = scaling
-        .optional_dimension("original_max_position_embeddings")?
-        .or(fields.optional_dimension("original_max_position_embeddings")?);
-    let scaling = match name {
-        // The dynamic kind changes nothing before `max_position_embeddings`, and no sequence goes beyond.
-        "default" | "dynamic" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: scaling.positive("factor")? },
-        "llama3" => RopeScaling::Llama3 {
-            factor: scaling.positive("factor")?,
-            low_freq_factor: scaling.positive("low_freq_factor")?,
-            high_freq_factor: scaling.positive("high_freq_factor")?,
-            original_max_positions: original.unwrap_or(max_positions),
-        },
-        "yarn" => yarn(&scaling, original.unwrap_or(max_positions))?,
+    match fields.optional_text(field)?.unwrap_or(default) {
+        "silu" | "swish" => Ok(Activation::Silu),
+        "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
+        "gelu" => Ok(Activation::Gelu),
         other => {
-            return Err(Error::Model(format!(
-                "{prefix}rope_type \"{other}\" is not supported, expected default, linear, dynamic, llama3 or yarn"
-            )));
-        }
-    };
-    Ok(Rope { dim: head_dim, theta, scaling })
-}
-
-fn yarn(fields: &Fields<'_>, original_max_positions: usize) -> Result<RopeScaling, Error> {
-    let factor = fields.positive("factor")?;
-    let mscale = |scale: f64| {
-        if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
-    };
-    let attention_factor = match (
-        fields.optional_positive("attention_factor")?,
-        fields.optional_positive("mscale")?,
-        fields.optional_positive("mscale_all_dim")?,
-    ) {
-        (Some(given), _, _) => given,
-        (None, Some(scale), Some(all)) => mscale(scale) / mscale(all),
-        _ => mscale(1.0),
-    };
-    Ok(RopeScaling::Yarn {
-        factor,
-        attention_factor,
-        beta_fast: fields.optional_positive("beta_fast")?.unwrap_or(32.0),
-        beta_slow: fields.optional_positive("beta_slow")?.unwrap_or(1.0),
-        truncate: fields.boolean("truncate", true)?,
-        original_max_positions,
-    })
-}
-
-/// The fields of one JSON object, each read with its check.
-struct Fields<'a> {
-    object: &'a Map<String, Value>,
-    prefix: &'a str,
-}
-
-impl Fields<'_> {
-    fn wrong(&self, name: &str, value: &Value, expected: &str) -> Error {
-        Error::Model(format!("{}{name} is {value}, expected {expected}", self.prefix))
-    }
-
-    fn get(&self, name: &str) -> Option<&Value> {
-        self.object.get(name).filter(|value| !value.is_null())
-    }
-
-    fn optional_dimension(&self, name: &str) -> Result<Option<usize>, Error> {
-        let Some(value) = self.get(name) else {
-            return Ok(None);
-        };
-        match value.as_u64().and_then(|value| usize::try_from(value).ok()) {
-            Some(number) if (1..=MAX_DIMENSION).contains(&number) => Ok(Some(number)),
-            _ => Err(self.wrong(name, value, &format!("an integer from 1 to {MAX_DIMENSION}"))),
+            Err(fields.wrong(field, &other.into(), "silu, gelu, gelu_new or gelu_pytorch_tanh"))
         }
     }
+}
 
-    fn dimension(&self, name: &str) -> Result<usize, Error> {
-        self.optional_dimension(name)?.ok_or_else(|| self.missing(name))
+fn attention_scale(
+    architecture: Architecture,
+    fields: &Fields<'_>,
+    head_dim: usize,
+) -> Result<f32, Error> {
+    let scalar = if architecture.is_gemma() {
+        fields.optional_positive("query_pre_attn_scalar")?.unwrap_or(256.0)
+    } else {
+        head_dim as f64
+    };
+    Ok(scalar.powf(-0.5) as f32)
+}
+
+/// Bounds of attention's scores and of the logits. Gemma 3 has a field for the first, and no use for it.
+fn softcaps(
+    architecture: Architecture,
+    fields: &Fields<'_>,
+) -> Result<(Option<f32>, Option<f32>), Error> {
+    if architecture.is_gemma() && fields.boolean("use_bidirectional_attention", false)? {
+        return Err(Error::Model("use_bidirectional_attention is not supported".into()));
     }
-
-    fn optional_positive(&self, name: &str) -> Result<Option<f64>, Error> {
-        let Some(value) = self.get(name) else {
-            return Ok(None);
-        };
-        match value.as_f64() {
-            Some(number) if number > 0.0 && number.is_finite() => Ok(Some(number)),
-            _ => Err(self.wrong(name, value, "a positive number")),
-        }
-    }
-
-    fn positive(&self, name: &str) -> Result<f64, Error> {
-        self.optional_positive(name)?.ok_or_else(|| self.missing(name))
-    }
-
-    fn boolean(&self, name: &str, default: bool) -> Result<bool, Error> {
-        let Some(value) = self.get(name) else {
-            return Ok(default);
-        };
-        value.as_bool().ok_or_else(|| self.wrong(name, value, "true or false"))
-    }
-
-    /// One token, several or none.
-    fn token_ids(&self, name: &str) -> Result<Vec<TokenId>, Error> {
-        let Some(value) = self.get(name) else {
-            return Ok(Vec::new());
-        };
-        let ids = match value {
-            Value::Array(values) => values.iter().collect(),
-            single => vec![single],
-        };
-        ids.into_iter()
-            .map(|id| id.as_u64().and_then(|id| TokenId::try_from(id).ok()))
-            .collect::<Option<_>>()
-            .ok_or_else(|| self.wrong(name, value, "a token id or a list of them"))
-    }
-
-    fn missing(&self, name: &str) -> Error {
-        Error::Model(format!("{}{name} is missing", self.prefix))
+    let cap = |name, default| {
+        Ok::<_, Error>(fields.nullable_positive(name, default)?.map(|cap| cap as f32))
+    };
+    match architecture {
+        Architecture::Gemma2 => Ok((
+            cap("attn_logit_softcapping", Some(50.0))?,
+            cap("final_logit_softcapping", Some(30.0))?,
+        )),
+        Architecture::Gemma3 => Ok((None, cap("final_logit_softcapping", None)?)),
+        _ => Ok((None, None)),
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn base() -> Value {
-        serde_json::json!({
-            "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
-            "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "eos_token_id": 2
-        })
-    }
-
-    #[expect(clippy::needless_pass_by_value, reason = "called with literals")]
-    fn with(changes: Value) -> Result<ModelConfig, Error> {
-        let mut config = base();
-        for (name, value) in changes.as_object().unwrap() {
-            config[name] = value.clone();
-        }
-        ModelConfig::parse(&config.to_string())
-    }
-
-    #[test]
-    fn left_out_fields_have_their_defaults() {
-        let config = with(serde_json::json!({})).unwrap();
-        assert_eq!((config.num_key_value_heads, config.head_dim), (4, 16));
-        assert_eq!(config.rope, Rope { dim: 16, theta: 10_000.0, scaling: RopeScaling::None });
-        assert_eq!(config.eos_token_ids, [2]);
-        assert!(!config.tie_word_embeddings && !config.qkv_bias);
-    }
-
-    #[test]
-    fn both_dialects_of_rope_mean_the_same() {
-        let scaling = serde_json::json!({
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64
-        });
-        let old = with(serde_json::json!({"rope_theta": 5e5, "rope_scaling": scaling})).unwrap();
-        let mut parameters = scaling;
-        parameters["rope_theta"] = 5e5.into();
-        let new = with(serde_json::json!({"rope_parameters": parameters})).unwrap();
-        assert_eq!(old, new);
-        assert_eq!(old.rope.theta, 5e5);
-        let linear =
-            with(serde_json::json!({"rope_scaling": {"type": "linear", "factor": 2}})).unwrap();
-        assert_eq!(linear.rope.scaling, RopeScaling::Linear { factor: 2.0 });
-    }
-
-    #[test]
-    fn what_is_wrong_is_named() {
-        let cases = [
-            (
-                serde_json::json!({"architectures": ["GPT2LMHeadModel"]}),
-                "GPT2LMHeadModel is not supported",
-            ),
-            (serde_json::json!({"hidden_act": "gelu"}), "hidden_act"),
-            (serde_json::json!({"hidden_size": 63}), "not a multiple"),
-            (serde_json::json!({"hidden_size": "64"}), "hidden_size is \"64\""),
-            (serde_json::json!({"hidden_size": null}), "hidden_size is missing"),
-            (serde_json::json!({"vocab_size": 0}), "vocab_size is 0"),
-            (serde_json::json!({"vocab_size": 1e18}), "vocab_size"),
-            (serde_json::json!({"num_hidden_layers": 100_000}), "num_hidden_layers"),
-            (serde_json::json!({"num_key_value_heads": 3}), "num_key_value_heads"),
-            (serde_json::json!({"head_dim": 15}), "even"),
-            (serde_json::json!({"rms_norm_eps": -1}), "rms_norm_eps"),
-            (serde_json::json!({"rope_scaling": {"rope_type": "longrope"}}), "longrope"),
-            (
-                serde_json::json!({"rope_scaling": {"rope_type": "linear"}}),
-                "rope_scaling.factor is missing",
-            ),
-            (serde_json::json!({"rope_scaling": 4}), "not an object"),
-            (serde_json::json!({"eos_token_id": "x"}), "eos_token_id"),
-            (serde_json::json!({"quantization_config": {"bits": 4}}), "quantized"),
-        ];
-        for (changes, want) in cases {
-            let error = with(changes.clone()).unwrap_err().to_string();
-            assert!(error.contains(want), "{changes}: {error}");
-        }
-        assert!(ModelConfig::parse("[1]").unwrap_err().to_string().contains("JSON object"));
-    }
-}
+mod tests;

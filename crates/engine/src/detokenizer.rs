@@ -4,7 +4,11 @@
 //! that the text so far never changes. It also finds the stop strings, wherever the tokens' borders are.
 //! The cost of a token does not depend on the length of the answer. One lives for each running sequence.
 
+mod clean_up;
+
 use std::sync::Arc;
+
+use clean_up::CleanUp;
 
 use crate::Error;
 use crate::step::TokenId;
@@ -19,19 +23,42 @@ const MAX_HELD_BACK: usize = 32;
 pub struct Detokenizer {
     tokenizer: Arc<Tokenizer>,
     stop: Vec<String>,
+    /// Tokens before which no stop string ends the text.
+    min_tokens: usize,
+    num_tokens: usize,
     text: String,
     /// The tokens that are not in `text` yet.
     held_back: Vec<TokenId>,
+    /// Takes blanks out of the text, for tokenizers that want it.
+    clean_up: Option<CleanUp>,
+    /// Whether tokens have become text.
+    has_begun: bool,
 }
 
 impl Detokenizer {
     /// A detokenizer that looks for these stop strings.
     pub fn new(tokenizer: Arc<Tokenizer>, stop: Vec<String>) -> Self {
-        Self { tokenizer, stop, text: String::new(), held_back: Vec::new() }
+        let clean_up = tokenizer.cleans_up().then(CleanUp::default);
+        Self {
+            tokenizer,
+            stop,
+            min_tokens: 0,
+            num_tokens: 0,
+            text: String::new(),
+            held_back: Vec::new(),
+            clean_up,
+            has_begun: false,
+        }
+    }
+
+    /// Leaves alone the stop strings that the first tokens, fewer than `min_tokens`, complete.
+    pub fn with_min_tokens(self, min_tokens: usize) -> Self {
+        Self { min_tokens, ..self }
     }
 
     /// Takes a token; `true` if the text has come to a stop string, behind which it ends.
     pub fn push(&mut self, token: TokenId) -> Result<bool, Error> {
+        self.num_tokens += 1;
         if self.tokenizer.is_special(token) {
             return Ok(false);
         }
@@ -48,13 +75,21 @@ impl Detokenizer {
         {
             return Ok(false);
         }
+        self.has_begun |= !piece.is_empty();
+        let piece = match &mut self.clean_up {
+            Some(clean_up) => clean_up.push(&piece),
+            None => piece,
+        };
         Ok(self.accept(&piece))
     }
 
     /// Ends the text: what is held back becomes part of it, incomplete characters as U+FFFD. `true` if that
     /// brought a stop string.
     pub fn finish(&mut self) -> Result<bool, Error> {
-        let piece = self.decode_held_back()?;
+        let mut piece = self.decode_held_back()?;
+        if let Some(clean_up) = &mut self.clean_up {
+            piece = clean_up.finish(&piece);
+        }
         Ok(self.accept(&piece))
     }
 
@@ -70,26 +105,27 @@ impl Detokenizer {
 
     /// Text of the tokens held back, as it is behind the text so far.
     fn decode_held_back(&self) -> Result<String, Error> {
-        let anchor = self.tokenizer.anchor();
-        if self.text.is_empty() || anchor.is_empty() {
-            return self.tokenizer.decode(&self.held_back);
+        if !self.has_begun {
+            return self.tokenizer.decode_raw(&self.held_back);
         }
-        let before = self.tokenizer.decode(anchor)?;
-        let whole = self.tokenizer.decode(&[anchor, &self.held_back].concat())?;
-        Ok(whole.strip_prefix(&before).unwrap_or(&whole).to_owned())
+        self.tokenizer.decode_inside(&self.held_back)
     }
 
-    /// Appends a piece and cuts the text at the first stop string.
+    /// Appends a piece and cuts the text at the first stop string that it completes.
     fn accept(&mut self, piece: &str) -> bool {
         self.held_back.clear();
-        let longest = self.stop.iter().map(String::len).max().unwrap_or(0);
-        // A stop string in the new text begins at most this far in the old.
-        let start = self.text.floor_char_boundary(self.text.len().saturating_sub(longest));
+        let old = self.text.len();
         self.text.push_str(piece);
-        let found =
-            self.stop.iter().filter_map(|stop| self.text[start..].find(stop.as_str())).min();
+        if self.num_tokens < self.min_tokens {
+            return false;
+        }
+        let find = |stop: &String| {
+            let start = self.text.ceil_char_boundary((old + 1).saturating_sub(stop.len()));
+            Some(start + self.text[start..].find(stop.as_str())?)
+        };
+        let found = self.stop.iter().filter_map(find).min();
         if let Some(at) = found {
-            self.text.truncate(start + at);
+            self.text.truncate(at);
         }
         found.is_some()
     }

@@ -12,9 +12,12 @@ use std::time::{Duration, Instant};
 use crate::Error;
 use crate::block_manager::BlockManager;
 use crate::detokenizer::Detokenizer;
+use crate::generation_config::GenerationConfig;
+use crate::model_files::is_gguf;
+use crate::precision::{KvCacheDtype, Precision};
 use crate::prompt::PromptFormat;
 use crate::runner::{Runner, RunnerOptions};
-use crate::sampler::{SampleError, SamplingParams, sample};
+use crate::sampler::{Chosen, SampleError, Sampler, SamplingParams, SamplingState, TokenLogprobs};
 use crate::scheduler::{Limits, Plan, Scheduler};
 use crate::sequence::Sequence;
 use crate::step::{BLOCK_SIZE, TokenId};
@@ -40,6 +43,10 @@ pub struct EngineConfig {
     pub threads: usize,
     /// Whether prompts that begin alike share what has been computed for them.
     pub enable_prefix_caching: bool,
+    /// How weights are kept; as the checkpoint has them if not given.
+    pub precision: Option<Precision>,
+    /// How keys and values are kept.
+    pub kv_cache_dtype: KvCacheDtype,
 }
 
 impl Default for EngineConfig {
@@ -52,6 +59,8 @@ impl Default for EngineConfig {
             kv_cache_memory_bytes: None,
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             enable_prefix_caching: true,
+            precision: None,
+            kv_cache_dtype: KvCacheDtype::default(),
         }
     }
 }
@@ -90,14 +99,14 @@ pub struct Request {
 /// Why an answer ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FinishReason {
-    /// The model ended it, or a stop string did.
+    /// The model ended it, or a stop string or token did.
     Stop,
     /// It reached `max_new_tokens` or the end of the window.
     Length,
 }
 
 /// A finished answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Finished {
     /// The request.
     pub id: u64,
@@ -105,6 +114,8 @@ pub struct Finished {
     pub text: String,
     /// All generated tokens, an end-of-sequence token and those of a stop string included.
     pub token_ids: Vec<TokenId>,
+    /// Log-probabilities of each of them, where the request asks for them.
+    pub logprobs: Option<Vec<TokenLogprobs>>,
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// Tokens of the prompt.
@@ -129,7 +140,7 @@ pub struct Timing {
 }
 
 /// What became of a request in a step.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum StepOutput {
     /// It has its answer.
     Finished(Finished),
@@ -168,7 +179,8 @@ pub struct Stats {
 /// What the engine knows of a request beside its sequence.
 #[derive(Debug)]
 struct Answer {
-    sampling: SamplingParams,
+    sampling: SamplingState,
+    logprobs: Option<Vec<TokenLogprobs>>,
     detokenizer: Detokenizer,
     added_at: Instant,
     timing: Timing,
@@ -181,8 +193,12 @@ pub struct Engine {
     runner: Runner,
     scheduler: Scheduler,
     answers: HashMap<u64, Answer>,
+    sampler: Sampler,
     tokenizer: Arc<Tokenizer>,
     prompt_format: Arc<PromptFormat>,
+    generation_config: GenerationConfig,
+    /// Tokens with which the model ends an answer.
+    eos_token_ids: Vec<TokenId>,
     model_name: String,
     max_model_len: usize,
     max_num_seqs: usize,
@@ -201,8 +217,16 @@ impl Engine {
         let options = RunnerOptions {
             threads: config.threads,
             max_num_batched_tokens: config.max_num_batched_tokens,
+            precision: config.precision,
+            kv_cache_dtype: config.kv_cache_dtype,
         };
+        let generation_config = GenerationConfig::load(&config.model_path)?;
         let mut runner = Runner::load(&config.model_path, &options)?;
+        let mut eos_token_ids: Vec<TokenId> = tokenizer.eos_token_ids().collect();
+        if eos_token_ids.is_empty() {
+            // Those of a part of the configuration, such as Gemma's for text.
+            eos_token_ids.clone_from(&runner.config().eos_token_ids);
+        }
         let window = runner.config().max_position_embeddings;
         let wanted = config.max_model_len.unwrap_or(window).min(window);
         let num_blocks = allocate_kv_cache(&mut runner, config, wanted)?;
@@ -225,8 +249,11 @@ impl Engine {
             runner,
             scheduler: Scheduler::new(limits, blocks),
             answers: HashMap::new(),
+            sampler: Sampler::default(),
             tokenizer,
             prompt_format: Arc::new(prompt_format),
+            generation_config,
+            eos_token_ids,
             model_name,
             max_model_len,
             max_num_seqs: config.max_num_seqs,
@@ -244,6 +271,11 @@ impl Engine {
     /// How the model wants its prompts.
     pub fn prompt_format(&self) -> Arc<PromptFormat> {
         Arc::clone(&self.prompt_format)
+    }
+
+    /// How the model wants its answers generated where the request doesn't say it.
+    pub fn generation_config(&self) -> &GenerationConfig {
+        &self.generation_config
     }
 
     /// Name of the model: that of its folder.
@@ -277,21 +309,24 @@ impl Engine {
             return reject(format!("the prompt has {length} tokens, the window only {window}"));
         }
         let vocab_size = self.runner.config().vocab_size;
-        if let Some(token) = prompt.iter().find(|token| **token as usize >= vocab_size) {
+        let named = prompt.iter().chain(&sampling.stop_token_ids).chain(sampling.logit_bias.keys());
+        if let Some(token) = named.into_iter().find(|token| **token as usize >= vocab_size) {
             return reject(format!(
                 "the token {token} is outside of the vocabulary of {vocab_size}"
             ));
         }
-        let detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer), sampling.stop.clone());
         let answer = Answer {
-            sampling,
-            detokenizer,
+            detokenizer: Detokenizer::new(Arc::clone(&self.tokenizer), sampling.stop.clone())
+                .with_min_tokens(sampling.min_new_tokens),
+            logprobs: sampling.logprobs.map(|_| Vec::new()),
+            sampling: SamplingState::new(sampling, &prompt, &self.eos_token_ids),
             added_at: Instant::now(),
             timing: Timing::default(),
             has_begun: false,
         };
         self.answers.insert(id, answer);
-        self.scheduler.add(Sequence::new(id, prompt));
+        let long_context_beyond = self.runner.config().long_context_beyond();
+        self.scheduler.add(Sequence::new(id, prompt).with_long_context_beyond(long_context_beyond));
         Ok(())
     }
 
@@ -367,14 +402,12 @@ impl Engine {
         let ends = plan.scheduled.iter().filter(|scheduled| scheduled.samples);
         let mut sampled = Vec::with_capacity(logits.num_rows());
         for (scheduled, row) in ends.zip(logits.rows()) {
-            let running = self.scheduler.running().iter().find(|seq| seq.id() == scheduled.id);
-            let (Some(sequence), Some(answer)) = (running, self.answers.get(&scheduled.id)) else {
+            let Some(answer) = self.answers.get(&scheduled.id) else {
                 continue;
             };
             #[cfg(test)]
             let row = if self.poisoned == Some(scheduled.id) { &[f32::NAN][..] } else { row };
-            let token = sample(row, &answer.sampling, sequence.generated().len());
-            sampled.push((scheduled.id, token));
+            sampled.push((scheduled.id, self.sampler.sample(row, &answer.sampling)));
         }
         Ok(Some(sampled))
     }
@@ -382,7 +415,7 @@ impl Engine {
     /// Takes what was sampled for a request; the request's end, if this is it.
     fn settle(&mut self, id: u64, sampled: Sampled) -> Option<StepOutput> {
         let advanced = match sampled {
-            Ok(token) => self.advance(id, token).map_err(|error| error.to_string()),
+            Ok(chosen) => self.advance(id, chosen).map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };
         advanced.unwrap_or_else(|reason| {
@@ -392,7 +425,8 @@ impl Engine {
     }
 
     /// Appends a sampled token.
-    fn advance(&mut self, id: u64, token: TokenId) -> Result<Option<StepOutput>, Error> {
+    fn advance(&mut self, id: u64, chosen: Chosen) -> Result<Option<StepOutput>, Error> {
+        let token = chosen.token;
         let (Some(answer), Some(sequence)) =
             (self.answers.get_mut(&id), self.scheduler.push_token(id, token))
         else {
@@ -405,12 +439,13 @@ impl Engine {
             self.stats.prompt_tokens += sequence.num_prompt_tokens() as u64;
             self.stats.cached_prompt_tokens += sequence.num_cached_tokens() as u64;
         }
-        let is_eos = !answer.sampling.ignore_eos
-            && (self.tokenizer.is_eos(token)
-                || self.runner.config().eos_token_ids.contains(&token));
-        // An end-of-sequence token is no text, be it a special token or not.
-        let stopped = is_eos || answer.detokenizer.push(token)?;
-        let is_full = num_generated >= answer.sampling.max_new_tokens
+        answer.sampling.push(token);
+        if let Some(logprobs) = &mut answer.logprobs {
+            logprobs.extend(chosen.logprobs);
+        }
+        // A token that ends the answer is no text, be it a special token or not.
+        let stopped = answer.sampling.is_end(token) || answer.detokenizer.push(token)?;
+        let is_full = num_generated >= answer.sampling.params().max_new_tokens
             || sequence.num_tokens() >= self.max_model_len;
         if stopped || is_full { self.finish(id, stopped) } else { Ok(None) }
     }
@@ -427,6 +462,7 @@ impl Engine {
             id,
             text: answer.detokenizer.into_text(),
             token_ids: sequence.generated().to_vec(),
+            logprobs: answer.logprobs,
             finish_reason: if stopped { FinishReason::Stop } else { FinishReason::Length },
             prompt_tokens: sequence.num_prompt_tokens(),
             completion_tokens: sequence.generated().len(),
@@ -437,7 +473,7 @@ impl Engine {
 }
 
 /// What became of a row of logits.
-type Sampled = Result<TokenId, SampleError>;
+type Sampled = Result<Chosen, SampleError>;
 
 /// Makes the KV cache as large as told, or as the sequences can use and the free memory allows.
 fn allocate_kv_cache(
@@ -469,17 +505,29 @@ fn allocate_kv_cache(
 }
 
 /// Memory that can be had without swapping, where the system tells.
-fn available_memory() -> Option<u64> {
+pub fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kibibytes * 1024)
 }
 
-/// The name of the model in this folder: the folder's own.
+/// The name of a model: that of its folder, or of its GGUF file without the ending.
 pub fn model_name(model_path: &std::path::Path) -> String {
+    let text = |name: &std::ffi::OsStr| name.to_string_lossy().into_owned();
+    if is_gguf(model_path) {
+        // As it is given: a cache has links with names that lead to files without.
+        return model_path.file_stem().map_or_else(|| "model".to_owned(), text);
+    }
     let path = model_path.canonicalize().unwrap_or_else(|_| model_path.to_owned());
-    path.file_name().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned())
+    // The cache of the Hugging Face Hub: models--ORG--NAME/snapshots/COMMIT.
+    let repository = path.parent().filter(|folder| folder.ends_with("snapshots"));
+    let repository = repository.and_then(|folder| folder.parent()?.file_name()).map(text);
+    let in_cache = repository.as_deref().and_then(|name| name.strip_prefix("models--"));
+    match in_cache {
+        Some(name) => name.rsplit("--").next().unwrap_or(name).to_owned(),
+        None => path.file_name().map_or_else(|| "model".to_owned(), text),
+    }
 }
 
 #[cfg(test)]

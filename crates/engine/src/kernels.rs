@@ -6,20 +6,23 @@
 //! instruction set, batch, chunk and number of threads. Called by the decoder and attention.
 
 mod activations;
+mod blocks;
 mod elementwise;
 mod lanes;
 mod matmul;
+mod packed;
 mod product;
 mod threads;
 
 pub(crate) use activations::{Activations, Rows, SharedRows};
-pub(crate) use elementwise::{rms_norm, rms_norm_row, rope_row, silu_mul, softmax_row};
-pub(crate) use lanes::{LANES, Lanes, Vector};
-pub(crate) use matmul::{Epilogue, Linear, PackedMatrix, matmul};
+pub(crate) use elementwise::{
+    gated, rms_norm, rms_norm_row, rope_row, softcap, softcap_row, softmax_row, sum_lanes,
+};
+pub(crate) use lanes::{Bf16Lanes, F16Lanes, I8Lanes, LANES, Lanes, Stored, Vector};
+pub(crate) use matmul::{Epilogue, Linear, matmul};
+pub(crate) use packed::{PackedMatrix, RowSource, packed_bytes};
 pub(crate) use product::{Finish, Operand, Product, accumulate};
 pub(crate) use threads::Threads;
-
-use lanes::Bf16Lanes;
 
 /// What computes: an instruction set, and threads to share the work.
 #[derive(Debug)]
@@ -55,7 +58,9 @@ impl Simd {
         let mut levels = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
-            let has_avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let has_avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
             if has_avx2 && is_x86_feature_detected!("avx512f") {
                 levels.push(Self(Level::Avx512));
             }
@@ -87,10 +92,10 @@ impl Simd {
     #[expect(unsafe_code, reason = "calls into functions compiled for more than the baseline")]
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self.0 {
-            // SAFETY: `available` makes this level only where avx512f, avx2 and fma were detected.
+            // SAFETY: `available` makes this level only where avx512f, avx2, fma and f16c were detected.
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => unsafe { run_avx512(kernel) },
-            // SAFETY: `available` makes this level only where avx2 and fma were detected.
+            // SAFETY: `available` makes this level only where avx2, fma and f16c were detected.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { run_avx2(kernel) },
             Level::Portable => kernel.run::<Lanes>(),
@@ -99,13 +104,13 @@ impl Simd {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx2,fma")]
+#[target_feature(enable = "avx512f,avx2,fma,f16c")]
 fn run_avx512<K: Kernel>(kernel: K) {
     kernel.run::<lanes::Avx512>();
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
+#[target_feature(enable = "avx2,fma,f16c")]
 fn run_avx2<K: Kernel>(kernel: K) {
     kernel.run::<lanes::Avx2>();
 }

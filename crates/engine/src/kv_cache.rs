@@ -1,18 +1,26 @@
 //! The paged KV cache: memory for keys and values, block by block.
 //!
-//! Who owns which block is the block manager's affair. The forward pass writes here, attention reads.
+//! Numbers are rounded to the cache's dtype when they are written, so that it makes no difference when, or
+//! from whose cache, they are read. Who owns which block is the block manager's affair. The forward pass
+//! writes here, attention reads.
 
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 
+use half::{bf16, f16};
 use memmap2::MmapMut;
 
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::kernels::{LANES, Lanes};
+use crate::kernels::{Bf16Lanes, F16Lanes, I8Lanes, LANES, Lanes, Stored};
+use crate::precision::KvCacheDtype;
 use crate::step::{BLOCK_SIZE, BlockId};
 
 // Keys of a block are the lanes of a vector.
 const _: () = assert!(BLOCK_SIZE == LANES);
+
+/// Largest whole number of 8 bits that is used, either side of 0.
+const MAX_Q8: f32 = 127.0;
 
 /// Keys and values of every layer.
 #[derive(Debug)]
@@ -21,39 +29,100 @@ pub(crate) struct KvCache {
     num_blocks: usize,
 }
 
+/// Keys and values of one layer.
+#[derive(Debug)]
+pub(crate) enum LayerCache {
+    Fp32(Pages<Lanes>),
+    Fp16(Pages<F16Lanes>),
+    Bf16(Pages<Bf16Lanes>),
+    Q8(Pages<I8Lanes>),
+}
+
+/// Sixteen numbers as a cache keeps them.
+pub(crate) trait Cached: Stored {
+    /// Whether each key and each value has a scale, that what is stored is multiplied by.
+    const SCALED: bool;
+
+    /// Rounds a number into a lane.
+    fn set(&mut self, lane: usize, number: f32);
+}
+
+impl Cached for Lanes {
+    const SCALED: bool = false;
+
+    #[inline(always)]
+    fn set(&mut self, lane: usize, number: f32) {
+        self.0[lane] = number;
+    }
+}
+
+impl Cached for F16Lanes {
+    const SCALED: bool = false;
+
+    #[inline(always)]
+    fn set(&mut self, lane: usize, number: f32) {
+        let max = f16::MAX.to_f32();
+        let is_beyond = number.abs() > max && number.is_finite();
+        let number = if is_beyond { max.copysign(number) } else { number };
+        self.0[lane] = f16::from_f32(number).to_bits();
+    }
+}
+
+impl Cached for Bf16Lanes {
+    const SCALED: bool = false;
+
+    #[inline(always)]
+    fn set(&mut self, lane: usize, number: f32) {
+        self.0[lane] = bf16::from_f32(number).to_bits();
+    }
+}
+
+impl Cached for I8Lanes {
+    const SCALED: bool = true;
+
+    #[inline(always)]
+    fn set(&mut self, lane: usize, number: f32) {
+        self.0[lane] = number.round_ties_even() as i8;
+    }
+}
+
 /// Keys and values of one layer, head by head and block by block.
 ///
 /// Keys are `(num_kv_heads, num_blocks, head_dim, BLOCK_SIZE)`: one vector holds the same dimension of 16 keys.
 /// Values are `(num_kv_heads, num_blocks, head_dim / 16, BLOCK_SIZE, 16)`: one vector holds 16 dimensions of
-/// one value.
+/// one value. Scales, where there are any, are `(num_kv_heads, num_blocks, BLOCK_SIZE)`.
 #[derive(Debug)]
-pub(crate) struct LayerCache {
-    keys: Zeroed,
-    values: Zeroed,
+pub(crate) struct Pages<S> {
+    keys: Zeroed<S>,
+    values: Zeroed<S>,
+    key_scales: Zeroed<Lanes>,
+    value_scales: Zeroed<Lanes>,
     num_blocks: usize,
     head_dim: usize,
 }
 
 impl KvCache {
     /// A cache of `num_blocks` blocks.
-    pub(crate) fn new(config: &ModelConfig, num_blocks: usize) -> Result<Self, Error> {
-        let heads = config.num_key_value_heads * num_blocks;
-        let layers = (0..config.num_hidden_layers)
-            .map(|_| {
-                Ok(LayerCache {
-                    keys: Zeroed::new(heads * config.head_dim)?,
-                    values: Zeroed::new(heads * config.head_dim.next_multiple_of(LANES))?,
-                    num_blocks,
-                    head_dim: config.head_dim,
-                })
+    pub(crate) fn new(
+        config: &ModelConfig,
+        num_blocks: usize,
+        dtype: KvCacheDtype,
+    ) -> Result<Self, Error> {
+        let layer = || {
+            Ok(match dtype {
+                KvCacheDtype::Fp32 => LayerCache::Fp32(Pages::new(config, num_blocks)?),
+                KvCacheDtype::Fp16 => LayerCache::Fp16(Pages::new(config, num_blocks)?),
+                KvCacheDtype::Bf16 => LayerCache::Bf16(Pages::new(config, num_blocks)?),
+                KvCacheDtype::Q8 => LayerCache::Q8(Pages::new(config, num_blocks)?),
             })
-            .collect::<Result<_, _>>()
-            .map_err(|_: std::io::Error| {
-                let bytes = bytes_per_block(config) as u128 * num_blocks as u128;
-                Error::OutOfMemory(format!(
-                    "no room for a KV cache of {num_blocks} blocks ({bytes} bytes)"
-                ))
-            })?;
+        };
+        let layers = (0..config.num_hidden_layers).map(|_| layer()).collect::<Result<_, _>>();
+        let layers = layers.map_err(|_: std::io::Error| {
+            let bytes = bytes_per_block(config, dtype) as u128 * num_blocks as u128;
+            Error::OutOfMemory(format!(
+                "no room for a KV cache of {num_blocks} blocks ({bytes} bytes)"
+            ))
+        })?;
         Ok(Self { layers, num_blocks })
     }
 
@@ -69,88 +138,158 @@ impl KvCache {
 }
 
 /// Memory of one block: keys and values of 16 tokens in every layer.
-pub(crate) fn bytes_per_block(config: &ModelConfig) -> usize {
-    let vectors = config.head_dim + config.head_dim.next_multiple_of(LANES);
-    config.num_hidden_layers * config.num_key_value_heads * vectors * size_of::<Lanes>()
+pub(crate) fn bytes_per_block(config: &ModelConfig, dtype: KvCacheDtype) -> usize {
+    let bytes = match dtype {
+        KvCacheDtype::Fp32 => Pages::<Lanes>::bytes_per_block(config.head_dim),
+        KvCacheDtype::Fp16 => Pages::<F16Lanes>::bytes_per_block(config.head_dim),
+        KvCacheDtype::Bf16 => Pages::<Bf16Lanes>::bytes_per_block(config.head_dim),
+        KvCacheDtype::Q8 => Pages::<I8Lanes>::bytes_per_block(config.head_dim),
+    };
+    config.num_hidden_layers * config.num_key_value_heads * bytes
 }
 
 /// Vectors that are zero and not resident until they are written.
 #[derive(Debug)]
-struct Zeroed(MmapMut);
+struct Zeroed<S> {
+    memory: MmapMut,
+    holds: PhantomData<S>,
+}
 
-impl Zeroed {
+impl<S: Stored> Zeroed<S> {
     fn new(len: usize) -> std::io::Result<Self> {
-        let bytes = len.checked_mul(size_of::<Lanes>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
-        MmapMut::map_anon(bytes.max(1)).map(Self)
+        let bytes = len.checked_mul(size_of::<S>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
+        Ok(Self { memory: MmapMut::map_anon(bytes.max(1))?, holds: PhantomData })
     }
 }
 
-impl Deref for Zeroed {
-    type Target = [Lanes];
+impl<S: Stored> Deref for Zeroed<S> {
+    type Target = [S];
 
     #[expect(unsafe_code, reason = "bytes of a mapping as vectors")]
-    fn deref(&self) -> &[Lanes] {
+    fn deref(&self) -> &[S] {
         // SAFETY: any bytes are valid numbers; a mapping begins at a page, so nothing is cut off in front.
-        let (_, lanes, _) = unsafe { self.0.align_to() };
+        let (_, lanes, _) = unsafe { self.memory.align_to() };
         lanes
     }
 }
 
-impl DerefMut for Zeroed {
+impl<S: Stored> DerefMut for Zeroed<S> {
     #[expect(unsafe_code, reason = "bytes of a mapping as vectors")]
-    fn deref_mut(&mut self) -> &mut [Lanes] {
+    fn deref_mut(&mut self) -> &mut [S] {
         // SAFETY: as above, and any numbers are valid bytes.
-        let (_, lanes, _) = unsafe { self.0.align_to_mut() };
+        let (_, lanes, _) = unsafe { self.memory.align_to_mut() };
         lanes
     }
 }
 
-impl LayerCache {
-    /// What one head keeps, to write: `(keys, values)` of each head in turn.
-    pub(crate) fn heads_mut(&mut self) -> impl Iterator<Item = HeadMut<'_>> {
-        let head_dim = self.head_dim;
-        let value_vectors = head_dim.next_multiple_of(LANES);
-        let keys = self.keys.chunks_exact_mut(self.num_blocks * head_dim);
-        let values = self.values.chunks_exact_mut(self.num_blocks * value_vectors);
-        keys.zip(values).map(move |(keys, values)| HeadMut { keys, values, head_dim })
+impl<S: Cached> Pages<S> {
+    fn new(config: &ModelConfig, num_blocks: usize) -> std::io::Result<Self> {
+        let (head_dim, blocks) = (config.head_dim, config.num_key_value_heads * num_blocks);
+        let num_scales = if S::SCALED { blocks } else { 0 };
+        Ok(Self {
+            keys: Zeroed::new(blocks * head_dim)?,
+            values: Zeroed::new(blocks * head_dim.next_multiple_of(LANES))?,
+            key_scales: Zeroed::new(num_scales)?,
+            value_scales: Zeroed::new(num_scales)?,
+            num_blocks,
+            head_dim,
+        })
+    }
+
+    /// Memory of a block of one head.
+    fn bytes_per_block(head_dim: usize) -> usize {
+        let numbers = (head_dim + head_dim.next_multiple_of(LANES)) * size_of::<S>();
+        numbers + if S::SCALED { 2 * size_of::<Lanes>() } else { 0 }
+    }
+
+    /// What one head keeps, to write: each head in turn.
+    pub(crate) fn heads_mut(&mut self) -> impl Iterator<Item = HeadMut<'_, S>> {
+        let (head_dim, num_blocks) = (self.head_dim, self.num_blocks);
+        let keys = self.keys.chunks_exact_mut(num_blocks * head_dim);
+        let values = self.values.chunks_exact_mut(num_blocks * head_dim.next_multiple_of(LANES));
+        let key_scales = self.key_scales.chunks_exact_mut(num_blocks);
+        let scales = key_scales.zip(self.value_scales.chunks_exact_mut(num_blocks));
+        let scales = scales.map(Some).chain(std::iter::repeat_with(|| None));
+        keys.zip(values).zip(scales).map(move |((keys, values), scales)| HeadMut {
+            keys,
+            values,
+            scales,
+            head_dim,
+        })
     }
 
     /// Keys of a block: `(head_dim, BLOCK_SIZE)`.
     #[inline(always)]
-    pub(crate) fn keys(&self, head: usize, block: BlockId) -> &[Lanes] {
+    pub(crate) fn keys(&self, head: usize, block: BlockId) -> &[S] {
         let block = head * self.num_blocks + block.0 as usize;
         &self.keys[block * self.head_dim..][..self.head_dim]
     }
 
     /// 16 dimensions of the values of a block: `(BLOCK_SIZE, 16)`.
     #[inline(always)]
-    pub(crate) fn values(&self, head: usize, block: BlockId, group: usize) -> &[Lanes] {
+    pub(crate) fn values(&self, head: usize, block: BlockId, group: usize) -> &[S] {
         let groups = self.head_dim.div_ceil(LANES);
         let block = head * self.num_blocks + block.0 as usize;
         &self.values[(block * groups + group) * BLOCK_SIZE..][..BLOCK_SIZE]
     }
+
+    /// Scales of the keys of a block, of a dtype that has such.
+    #[inline(always)]
+    pub(crate) fn key_scales(&self, head: usize, block: BlockId) -> &Lanes {
+        &self.key_scales[head * self.num_blocks + block.0 as usize]
+    }
+
+    /// Scales of the values of a block, of a dtype that has such.
+    #[inline(always)]
+    pub(crate) fn value_scales(&self, head: usize, block: BlockId) -> &Lanes {
+        &self.value_scales[head * self.num_blocks + block.0 as usize]
+    }
 }
 
 /// What one head of one layer keeps.
-pub(crate) struct HeadMut<'a> {
-    keys: &'a mut [Lanes],
-    values: &'a mut [Lanes],
+pub(crate) struct HeadMut<'a, S> {
+    keys: &'a mut [S],
+    values: &'a mut [S],
+    /// Of keys and of values.
+    scales: Option<(&'a mut [Lanes], &'a mut [Lanes])>,
     head_dim: usize,
 }
 
-impl HeadMut<'_> {
+impl<S: Cached> HeadMut<'_, S> {
     /// Writes key and value of the token at `offset` in `block`.
     #[inline(always)]
     pub(crate) fn write(&mut self, (block, offset): (BlockId, usize), key: &[f32], value: &[f32]) {
         let block = block.0 as usize;
+        let (mut key_inverse, mut value_inverse) = (1.0, 1.0);
+        if let Some((key_scales, value_scales)) = &mut self.scales {
+            (key_scales[block].0[offset], key_inverse) = scale(key);
+            (value_scales[block].0[offset], value_inverse) = scale(value);
+        }
         let keys = &mut self.keys[block * self.head_dim..][..self.head_dim];
         for (lanes, key) in keys.iter_mut().zip(key) {
-            lanes.0[offset] = *key;
+            lanes.set(offset, key * key_inverse);
         }
         let groups = self.head_dim.div_ceil(LANES);
         for (group, value) in value.chunks(LANES).enumerate() {
             let lanes = &mut self.values[(block * groups + group) * BLOCK_SIZE + offset];
-            lanes.0[..value.len()].copy_from_slice(value);
+            for (lane, value) in value.iter().enumerate() {
+                lanes.set(lane, value * value_inverse);
+            }
         }
     }
+}
+
+/// The scale of whole numbers that reach to the largest of `numbers`, and its inverse.
+///
+/// The scale is NaN if one of them is no finite number, so that this is not lost.
+#[inline(always)]
+fn scale(numbers: &[f32]) -> (f32, f32) {
+    let (mut max, mut poison) = (0.0, 0.0);
+    for x in numbers {
+        max = if x.abs() > max { x.abs() } else { max };
+        poison += x * 0.0;
+    }
+    // Numbers so small that the inverse is none are 0.
+    let inverse = MAX_Q8 / max;
+    if inverse.is_finite() { (max / MAX_Q8 + poison, inverse) } else { (poison, 0.0) }
 }

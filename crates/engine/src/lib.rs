@@ -9,6 +9,7 @@ pub mod block_manager;
 mod chat_template;
 mod detokenizer;
 mod engine;
+mod generation_config;
 mod prompt;
 mod sampler;
 pub mod scheduler;
@@ -18,21 +19,31 @@ mod tokenizer;
 pub use chat_template::{ChatTemplate, Message, UserFields, UserTemplate};
 pub use detokenizer::Detokenizer;
 pub use engine::{
-    Engine, EngineConfig, FinishReason, Finished, Request, Stats, StepOutput, Timing, model_name,
+    Engine, EngineConfig, FinishReason, Finished, Request, Stats, StepOutput, Timing,
+    available_memory, model_name,
 };
+pub use generation_config::GenerationConfig;
 pub use prompt::{Prompt, PromptFormat};
-pub use sampler::{SampleError, SamplingParams, sample};
+pub use sampler::{MAX_LOGPROBS, SamplingParams, TokenLogprobs};
 pub use step::TokenId;
 pub use tokenizer::Tokenizer;
 
 mod attention;
 mod config;
+mod footprint;
 mod kernels;
 mod kv_cache;
 mod model;
+mod model_files;
+mod precision;
+pub mod quant;
 mod runner;
 mod weights;
 
-pub use config::ModelConfig;
+pub use config::{Activation, Architecture, ExpertsConfig, LayerConfig, ModelConfig};
+pub use footprint::Footprint;
 pub use model::rope::{Rope, RopeScaling};
+pub use model_files::ModelFiles;
+pub use precision::{KvCacheDtype, MatrixRole, Precision, UnknownName};
 pub use runner::{Logits, Runner, RunnerOptions};
+pub use weights::Format;

@@ -1,15 +1,22 @@
 //! A decoder-only model: its weights, named and checked, ready to compute with.
 //!
-//! What differs between families is configuration (biases, norms of queries and keys), read here; the
-//! forward pass is in `decoder`.
+//! What differs between families is configuration (biases, norms, fused projections), read here; the forward
+//! pass is in `decoder`.
 
 pub(crate) mod decoder;
+mod feed_forward;
+mod packing;
 pub(crate) mod rope;
 
+use self::feed_forward::{Experts, FeedForward, Mlp};
 use crate::Error;
-use crate::config::ModelConfig;
-use crate::kernels::{Linear, PackedMatrix, Threads};
-use crate::weights::{Checkpoint, Format, Tensor};
+use crate::config::{ExpertsConfig, ModelConfig};
+use crate::kernels::{Cpu, Linear, Simd};
+use crate::precision::{MatrixRole, Precision};
+use crate::weights::{Checkpoint, Tensor};
+use packing::{Packing, StoredRows};
+
+pub(crate) use packing::Account;
 
 /// The weights.
 #[derive(Debug)]
@@ -19,6 +26,7 @@ pub(crate) struct Model {
     layers: Vec<Layer>,
     norm: Vec<f32>,
     output: Linear,
+    num_bytes: u64,
 }
 
 #[derive(Debug)]
@@ -27,98 +35,236 @@ struct Layer {
     qkv: Linear,
     qk_norm: Option<(Vec<f32>, Vec<f32>)>,
     attention_output: Linear,
+    /// Behind attention, where the model norms there too.
+    attention_output_norm: Option<Vec<f32>>,
     mlp_norm: Vec<f32>,
-    gate_up: Linear,
-    down: Linear,
+    feed_forward: FeedForward,
+    /// Behind the feed-forward network, where the model norms there too.
+    mlp_output_norm: Option<Vec<f32>>,
 }
 
-/// A vector for each token, `(vocab_size, hidden_size)`, as the checkpoint has it.
+/// A vector for each token, `(vocab_size, hidden_size)`.
 #[derive(Debug)]
-struct Embedding {
-    bytes: Vec<u8>,
-    format: Format,
-}
-
-impl Embedding {
-    fn look_up(&self, token: usize, out: &mut [f32]) {
-        let row_bytes = out.len() * self.format.bytes();
-        self.format.decode(&self.bytes[token * row_bytes..][..row_bytes], out);
-    }
+enum Embedding {
+    /// Of its own.
+    Rows(StoredRows),
+    /// The weights of the output layer.
+    Output,
 }
 
 impl Model {
     /// Reads all weights of a checkpoint.
     pub(crate) fn load(
-        config: ModelConfig,
+        config: &ModelConfig,
         checkpoint: &Checkpoint,
-        threads: &Threads,
+        cpu: &Cpu,
+        precision: Option<Precision>,
     ) -> Result<Self, Error> {
-        let loader = Loader { config: &config, checkpoint, threads };
+        let packing = Packing::new(cpu, precision);
+        let mut model = Self::assemble(config, checkpoint, &packing)?;
+        model.num_bytes = packing.finish().num_bytes;
+        Ok(model)
+    }
+
+    /// What loading a checkpoint would take in, without reading more than its headers. It fails where loading
+    /// would for want of a tensor.
+    pub(crate) fn account(
+        config: &ModelConfig,
+        checkpoint: &Checkpoint,
+        precision: Option<Precision>,
+    ) -> Result<Account, Error> {
+        let packing = Packing::counting(precision);
+        Self::assemble(config, checkpoint, &packing)?;
+        Ok(packing.finish())
+    }
+
+    fn assemble(
+        config: &ModelConfig,
+        checkpoint: &Checkpoint,
+        packing: &Packing<'_>,
+    ) -> Result<Self, Error> {
+        let loader = Loader { config, checkpoint, packing, prefix: prefix(checkpoint) };
         let vocabulary = [config.vocab_size, config.hidden_size];
-        let embedding = checkpoint.tensor("model.embed_tokens.weight", &vocabulary)?;
+        let (name, role) = (loader.name("embed_tokens.weight"), MatrixRole::Vocabulary);
+        let tensor = loader.tensor(&name, &vocabulary)?;
         // A tied checkpoint may carry the output layer all the same; the embedding is the one that counts.
-        let output = if config.tie_word_embeddings {
-            embedding
+        let (embedding, weight) = if config.tie_word_embeddings {
+            (Embedding::Output, packing.matrix(&name, role, &[tensor])?)
         } else {
-            checkpoint.tensor("lm_head.weight", &vocabulary)?
+            let rows = packing.rows(&name, role, &tensor)?;
+            let nested = checkpoint.has("language_model.lm_head.weight");
+            let name = if nested { "language_model.lm_head.weight" } else { "lm_head.weight" };
+            let tensor = loader.tensor(name, &vocabulary)?;
+            (Embedding::Rows(rows), packing.matrix(name, role, &[tensor])?)
         };
+        let output = Linear { weight, bias: None };
         let layers = (0..config.num_hidden_layers)
             .map(|layer| loader.layer(layer))
             .collect::<Result<_, _>>()?;
-        let norm = loader.vector("model.norm.weight", config.hidden_size)?;
-        let output = Linear { weight: loader.pack(&[output], config.hidden_size), bias: None };
-        let embedding = Embedding { bytes: embedding.bytes().to_vec(), format: embedding.format() };
-        Ok(Self { embedding, layers, norm, output, config })
+        let surplus =
+            loader.name(&format!("layers.{}.input_layernorm.weight", config.num_hidden_layers));
+        if checkpoint.has(&surplus) {
+            return Err(Error::Model(format!(
+                "the checkpoint has the tensor {surplus}, but its config.json says there are {} layers",
+                config.num_hidden_layers
+            )));
+        }
+        let norm = loader.norm("norm", config.hidden_size)?;
+        Ok(Self { embedding, layers, norm, output, config: config.clone(), num_bytes: 0 })
     }
 
     /// What it looks like.
     pub(crate) fn config(&self) -> &ModelConfig {
         &self.config
     }
+
+    /// Memory that its weights take.
+    pub(crate) fn num_bytes(&self) -> u64 {
+        self.num_bytes
+    }
+
+    /// Writes the vector of a token.
+    fn embed(&self, simd: Simd, token: usize, out: &mut [f32]) {
+        match &self.embedding {
+            Embedding::Rows(rows) => rows.look_up(token, out),
+            Embedding::Output => self.output.weight.row(simd, token, out),
+        }
+    }
+}
+
+/// What the names of a checkpoint's tensors begin with: a model of several kinds of input keeps its language
+/// model apart.
+fn prefix(checkpoint: &Checkpoint) -> &'static str {
+    let nested = ["model.language_model.", "language_model.model."];
+    let found =
+        nested.into_iter().find(|prefix| checkpoint.has(&format!("{prefix}embed_tokens.weight")));
+    found.unwrap_or("model.")
 }
 
 struct Loader<'a> {
     config: &'a ModelConfig,
     checkpoint: &'a Checkpoint,
-    threads: &'a Threads,
+    packing: &'a Packing<'a>,
+    prefix: &'static str,
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
     fn layer(&self, layer: usize) -> Result<Layer, Error> {
         let config = self.config;
-        let (hidden, inner) = (config.hidden_size, config.intermediate_size);
+        let hidden = config.hidden_size;
         let (query, kv) = (config.query_width(), config.kv_width());
-        let name = |part: &str| format!("model.layers.{layer}.{part}");
-        let qkv = [
-            (name("self_attn.q_proj"), query),
-            (name("self_attn.k_proj"), kv),
-            (name("self_attn.v_proj"), kv),
-        ];
-        let gate_up = [(name("mlp.gate_proj"), inner), (name("mlp.up_proj"), inner)];
+        let name = |part: &str| self.name(&format!("layers.{layer}.{part}"));
+        let norm = |part: &str| self.norm(&format!("layers.{layer}.{part}"), hidden);
+        let head_norm =
+            |part: &str| self.norm(&format!("layers.{layer}.self_attn.{part}"), config.head_dim);
+        let qkv = self.fused_or(
+            (name("self_attn.qkv_proj"), query + 2 * kv),
+            vec![
+                (name("self_attn.q_proj"), query),
+                (name("self_attn.k_proj"), kv),
+                (name("self_attn.v_proj"), kv),
+            ],
+        );
         let attention_output = [(name("self_attn.o_proj"), hidden)];
-        let qk_norm = if config.qk_norm {
-            let vector = |part: &str| self.vector(&name(part), config.head_dim);
-            Some((vector("self_attn.q_norm.weight")?, vector("self_attn.k_norm.weight")?))
-        } else {
-            None
-        };
+        let qk_norm =
+            config.qk_norm.then(|| Ok::<_, Error>((head_norm("q_norm")?, head_norm("k_norm")?)));
+        let sandwich = config.sandwich_norms;
+        let mlp_norm =
+            if sandwich { "pre_feedforward_layernorm" } else { "post_attention_layernorm" };
         Ok(Layer {
-            input_norm: self.vector(&name("input_layernorm.weight"), hidden)?,
+            input_norm: norm("input_layernorm")?,
             qkv: self.linear(&qkv, hidden, config.qkv_bias)?,
-            qk_norm,
+            qk_norm: qk_norm.transpose()?,
             attention_output: self.linear(
                 &attention_output,
                 query,
                 config.attention_output_bias,
             )?,
-            mlp_norm: self.vector(&name("post_attention_layernorm.weight"), hidden)?,
-            gate_up: self.linear(&gate_up, hidden, config.mlp_bias)?,
-            down: self.linear(&[(name("mlp.down_proj"), hidden)], inner, config.mlp_bias)?,
+            attention_output_norm: sandwich
+                .then(|| norm("post_attention_layernorm"))
+                .transpose()?,
+            mlp_norm: norm(mlp_norm)?,
+            feed_forward: match config.experts.filter(|_| config.layers[layer].experts) {
+                Some(experts) => FeedForward::Experts(self.experts(layer, experts)?),
+                None => FeedForward::Dense(self.mlp(
+                    &name("mlp"),
+                    ["gate_proj", "up_proj", "down_proj"],
+                    config.intermediate_size,
+                )?),
+            },
+            mlp_output_norm: sandwich.then(|| norm("post_feedforward_layernorm")).transpose()?,
         })
     }
 
+    /// The network that is called `name`, of layers that are called `[gate, up, down]`.
+    fn mlp(
+        &self,
+        name: &str,
+        [gate, up, down]: [&str; 3],
+        intermediate_size: usize,
+    ) -> Result<Mlp, Error> {
+        let (hidden, inner) = (self.config.hidden_size, intermediate_size);
+        let gate_up = self.fused_or(
+            (format!("{name}.gate_up_proj"), 2 * inner),
+            vec![(format!("{name}.{gate}"), inner), (format!("{name}.{up}"), inner)],
+        );
+        let down = [(format!("{name}.{down}"), hidden)];
+        Ok(Mlp {
+            activation: self.config.activation,
+            gate_up: self.linear(&gate_up, hidden, self.config.mlp_bias)?,
+            down: self.linear(&down, inner, self.config.mlp_bias)?,
+        })
+    }
+
+    /// A layer's experts with their router. Mixtral has names of its own for them.
+    fn experts(&self, layer: usize, config: ExpertsConfig) -> Result<Experts, Error> {
+        let mixtral = self.name(&format!("layers.{layer}.block_sparse_moe"));
+        let (name, parts) = if self.checkpoint.has(&format!("{mixtral}.gate.weight")) {
+            (mixtral, ["w1", "w3", "w2"])
+        } else {
+            (self.name(&format!("layers.{layer}.mlp")), ["gate_proj", "up_proj", "down_proj"])
+        };
+        let router = [(format!("{name}.gate"), config.num_experts)];
+        let expert =
+            |expert| self.mlp(&format!("{name}.experts.{expert}"), parts, config.intermediate_size);
+        Ok(Experts {
+            router: self.linear(&router, self.config.hidden_size, false)?,
+            experts: (0..config.num_experts).map(expert).collect::<Result<_, _>>()?,
+            num_per_token: config.num_experts_per_token,
+            normalize_weights: config.normalize_weights,
+        })
+    }
+
+    /// The layer that some families have in place of several, or those.
+    fn fused_or(
+        &self,
+        fused: (String, usize),
+        parts: Vec<(String, usize)>,
+    ) -> Vec<(String, usize)> {
+        if self.checkpoint.has(&format!("{}.weight", fused.0)) { vec![fused] } else { parts }
+    }
+
+    /// The whole name of a tensor or layer.
+    fn name(&self, part: &str) -> String {
+        format!("{}{part}", self.prefix)
+    }
+
+    /// The weights of a norm.
+    fn norm(&self, part: &str, len: usize) -> Result<Vec<f32>, Error> {
+        let mut weights = self.vector(&self.name(&format!("{part}.weight")), len)?;
+        weights.iter_mut().for_each(|weight| *weight += self.config.norm_offset);
+        Ok(weights)
+    }
+
+    /// A tensor of the model.
+    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'a>, Error> {
+        let tensor = self.checkpoint.tensor(name, shape)?;
+        self.packing.note(name, shape, tensor.format());
+        Ok(tensor)
+    }
+
     fn vector(&self, name: &str, len: usize) -> Result<Vec<f32>, Error> {
-        Ok(self.checkpoint.tensor(name, &[len])?.to_vec())
+        Ok(self.packing.vector(&self.tensor(name, &[len])?))
     }
 
     /// Several linear layers of the same input as one, their outputs one behind the other.
@@ -130,9 +276,7 @@ impl Loader<'_> {
     ) -> Result<Linear, Error> {
         let weights: Vec<_> = parts
             .iter()
-            .map(|(name, len)| {
-                self.checkpoint.tensor(&format!("{name}.weight"), &[*len, in_features])
-            })
+            .map(|(name, len)| self.tensor(&format!("{name}.weight"), &[*len, in_features]))
             .collect::<Result<_, _>>()?;
         let mut bias = None;
         for (name, len) in parts {
@@ -145,20 +289,7 @@ impl Loader<'_> {
                 )));
             }
         }
-        Ok(Linear { weight: self.pack(&weights, in_features), bias })
-    }
-
-    fn pack(&self, parts: &[Tensor<'_>], in_features: usize) -> PackedMatrix {
-        let out_features = parts.iter().map(Tensor::num_rows).sum();
-        let bf16 = parts.iter().all(|part| part.format() == Format::Bf16);
-        PackedMatrix::pack(self.threads, (out_features, in_features), bf16, |mut row, out| {
-            for part in parts {
-                if row < part.num_rows() {
-                    part.decode_row(row, out);
-                    return;
-                }
-                row -= part.num_rows();
-            }
-        })
+        let name = format!("{}.weight", parts[0].0);
+        Ok(Linear { weight: self.packing.matrix(&name, MatrixRole::Layer, &weights)?, bias })
     }
 }

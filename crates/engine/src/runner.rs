@@ -13,6 +13,7 @@ use crate::kv_cache::{KvCache, bytes_per_block};
 use crate::model::Model;
 use crate::model::decoder::{Buffers, Step};
 use crate::model::rope::RopeTable;
+use crate::precision::{KvCacheDtype, Precision};
 use crate::step::{BLOCK_SIZE, StepInput};
 use crate::weights::Checkpoint;
 
@@ -23,6 +24,22 @@ pub struct RunnerOptions {
     pub threads: usize,
     /// Most tokens of a step, over all its sequences.
     pub max_num_batched_tokens: usize,
+    /// How weights are kept; as the checkpoint has them if not given.
+    pub precision: Option<Precision>,
+    /// How keys and values are kept.
+    pub kv_cache_dtype: KvCacheDtype,
+}
+
+impl Default for RunnerOptions {
+    /// One thread, everything as it is stored.
+    fn default() -> Self {
+        Self {
+            threads: 1,
+            max_num_batched_tokens: 512,
+            precision: None,
+            kv_cache_dtype: KvCacheDtype::default(),
+        }
+    }
 }
 
 /// A loaded model with its KV cache.
@@ -30,10 +47,11 @@ pub struct RunnerOptions {
 pub struct Runner {
     model: Model,
     cpu: Cpu,
-    rope: RopeTable,
+    /// Angles of positions, a table for each of the model's ropes.
+    ropes: Vec<RopeTable>,
     cache: Option<KvCache>,
     buffers: Buffers,
-    max_num_batched_tokens: usize,
+    options: RunnerOptions,
 }
 
 /// Logits of a step: a row for each sequence that wanted them, in their order.
@@ -82,20 +100,20 @@ impl Runner {
                 "a runner needs a thread and a token per step at least".into(),
             ));
         }
-        let config = ModelConfig::load(model_path)?;
         let checkpoint = Checkpoint::open(model_path)?;
+        let config = checkpoint.config()?;
         let threads = Threads::new(options.threads)?;
         let buffers = Buffers::new(&config, options.max_num_batched_tokens, threads.num_threads());
-        let model = Model::load(config, &checkpoint, &threads)?;
-        tracing::debug!(instruction_set = simd.name(), threads = options.threads, "model loaded");
-        Ok(Self {
-            model,
-            cpu: Cpu { simd, threads },
-            rope: RopeTable::default(),
-            cache: None,
-            buffers,
-            max_num_batched_tokens: options.max_num_batched_tokens,
-        })
+        let ropes = config.ropes.iter().map(RopeTable::new).collect();
+        let cpu = Cpu { simd, threads };
+        let model = Model::load(&config, &checkpoint, &cpu, options.precision)?;
+        tracing::debug!(
+            instruction_set = simd.name(),
+            threads = options.threads,
+            weight_bytes = model.num_bytes(),
+            "model loaded"
+        );
+        Ok(Self { model, cpu, ropes, cache: None, buffers, options: *options })
     }
 
     /// What the model looks like.
@@ -103,29 +121,35 @@ impl Runner {
         self.model.config()
     }
 
+    /// Memory that the weights take.
+    pub fn weight_bytes(&self) -> u64 {
+        self.model.num_bytes()
+    }
+
     /// Memory that a block of the KV cache takes.
     pub fn kv_bytes_per_block(&self) -> usize {
-        bytes_per_block(self.config())
+        bytes_per_block(self.config(), self.options.kv_cache_dtype)
     }
 
     /// Makes the KV cache, in place of the one before.
     pub fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<(), Error> {
         self.cache = None;
-        let config = self.model.config();
-        let num_positions = config.max_position_embeddings.min(num_blocks * BLOCK_SIZE);
-        self.cache = Some(KvCache::new(config, num_blocks)?);
-        self.rope = RopeTable::new(&config.rope, num_positions);
+        self.cache =
+            Some(KvCache::new(self.model.config(), num_blocks, self.options.kv_cache_dtype)?);
         Ok(())
     }
 
     /// Computes a step: keys and values of its tokens go to the cache, the wanted logits come back.
     pub fn forward(&mut self, input: &StepInput) -> Result<Logits<'_>, Error> {
         self.check(input)?;
-        let Self { model, cpu, rope, cache, buffers, .. } = self;
+        let Self { model, cpu, ropes, cache, buffers, .. } = self;
         let Some(cache) = cache else {
             return Err(Error::Input("the runner has no KV cache yet".into()));
         };
-        let step = Step { cpu, input, rope };
+        let ends = input.sequences.iter().map(|s| s.num_computed_tokens + s.num_scheduled_tokens);
+        let num_positions = ends.max().unwrap_or(0);
+        ropes.iter_mut().for_each(|rope| rope.ensure(num_positions));
+        let step = Step { cpu, input, ropes };
         cpu.threads.step(|| model.forward(step, cache, buffers));
         let (rows, num_rows) = self.buffers.logits();
         Ok(Logits { rows, num_rows })
@@ -136,10 +160,10 @@ impl Runner {
         let config = self.config();
         let num_blocks = self.cache.as_ref().map_or(0, KvCache::num_blocks);
         let num_tokens = input.token_ids.len();
-        if num_tokens > self.max_num_batched_tokens {
+        if num_tokens > self.options.max_num_batched_tokens {
             return Err(Error::Input(format!(
                 "a step of {num_tokens} tokens, expected at most {}",
-                self.max_num_batched_tokens
+                self.options.max_num_batched_tokens
             )));
         }
         if let Some(token) =
@@ -185,32 +209,61 @@ mod tests {
     use super::*;
     use crate::step::{BlockId, SequenceInput};
 
+    /// A short prompt, a token and two tokens, on every instruction set.
+    fn check_instruction_sets(model: &Path, options: RunnerOptions, prompt_len: usize) {
+        let lengths = [(0, prompt_len), (prompt_len, 1), (prompt_len + 1, 2)];
+        let steps = lengths.map(|(computed, scheduled)| StepInput {
+            token_ids: (0..scheduled).map(|i| ((i + computed) * 7 % 300) as u32).collect(),
+            sequences: vec![SequenceInput {
+                num_scheduled_tokens: scheduled,
+                num_computed_tokens: computed,
+                block_table: [3, 1, 0, 2].map(BlockId).to_vec(),
+                is_long: false,
+                wants_logits: true,
+            }],
+        });
+        let mut logits = Simd::available().into_iter().map(|simd| {
+            let mut runner = Runner::load_with(model, &options, simd).unwrap();
+            runner.allocate_kv_cache(4).unwrap();
+            let bits = |step| -> Vec<u32> {
+                runner.forward(step).unwrap().row(0).iter().map(|x| x.to_bits()).collect()
+            };
+            (simd.name(), steps.iter().map(bits).collect::<Vec<_>>())
+        });
+        let (_, first) = logits.next().unwrap();
+        for (name, other) in logits {
+            assert!(first == other, "{} with {options:?}: {name} differs", model.display());
+        }
+    }
+
     #[test]
     fn every_instruction_set_gives_the_same_bits() {
-        let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures");
-        for model in ["llama-odd", "llama-bias", "llama-bf16"] {
-            let steps = [(0, 50), (50, 1), (51, 2)].map(|(computed, scheduled)| StepInput {
-                token_ids: (0..scheduled).map(|i| ((i + computed) * 7 % 300) as u32).collect(),
-                sequences: vec![SequenceInput {
-                    num_scheduled_tokens: scheduled,
-                    num_computed_tokens: computed,
-                    block_table: [3, 1, 0, 2].map(BlockId).to_vec(),
-                    wants_logits: true,
-                }],
-            });
-            let mut logits = Simd::available().into_iter().map(|simd| {
-                let options = RunnerOptions { threads: 1, max_num_batched_tokens: 64 };
-                let mut runner = Runner::load_with(&fixtures.join(model), &options, simd).unwrap();
-                runner.allocate_kv_cache(4).unwrap();
-                let bits = |step| -> Vec<u32> {
-                    runner.forward(step).unwrap().row(0).iter().map(|x| x.to_bits()).collect()
-                };
-                (simd.name(), steps.iter().map(bits).collect::<Vec<_>>())
-            });
-            let (_, first) = logits.next().unwrap();
-            for (name, other) in logits {
-                assert!(first == other, "{model}: {name} differs");
+        let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+        for model in [
+            "llama-odd",
+            "llama-bias",
+            "llama-bf16",
+            "llama-f16",
+            "llama-gelu",
+            "phi3-longrope-partial",
+            "gemma2",
+            "gemma2-v4",
+            "gemma3",
+            "qwen3-moe",
+        ] {
+            let model = package.join("tests/fixtures").join(model);
+            check_instruction_sets(&model, RunnerOptions::default(), 50);
+            for kv_cache_dtype in KvCacheDtype::ALL {
+                let precision = Some(Precision::Q8_0);
+                let options = RunnerOptions { precision, kv_cache_dtype, ..Default::default() };
+                check_instruction_sets(&model, options, 50);
             }
+        }
+        // Its rows are whole blocks of every format.
+        let shipped = package.join("../../models/flotilla-reader");
+        for precision in [Precision::Fp16, Precision::Q6K, Precision::Q4K] {
+            let options = RunnerOptions { precision: Some(precision), ..Default::default() };
+            check_instruction_sets(&shipped, options, 5);
         }
     }
 }

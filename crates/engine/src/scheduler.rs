@@ -4,7 +4,7 @@
 //! [`Scheduler::commit`]. Running sequences that generate come first, then prompts that are being computed in
 //! chunks, then waiting sequences in the order of their arrival. When blocks run out, the youngest running
 //! sequence goes back to the front of the queue, gives up its blocks, and is later computed again from its
-//! tokens (the generated ones included).
+//! tokens (the generated ones included). So does a sequence that outgrows the length up to which its keys hold.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -91,6 +91,9 @@ impl Scheduler {
     pub fn plan(&mut self) -> Plan {
         let mut plan = Plan::default();
         let mut budget = self.limits.max_num_batched_tokens;
+        while let Some(index) = self.running.iter().rposition(|sequence| sequence.is_outgrown) {
+            self.send_back(index);
+        }
         self.plan_decodes(&mut plan, &mut budget);
         for sequence in &self.running {
             if sequence.num_remaining_tokens() > 1 {
@@ -115,6 +118,7 @@ impl Scheduler {
                 num_scheduled_tokens: scheduled.num_tokens,
                 num_computed_tokens: start,
                 block_table: sequence.block_table.clone(),
+                is_long: sequence.is_long(),
                 wants_logits: scheduled.samples,
             });
         }
@@ -238,14 +242,20 @@ impl Scheduler {
         prefills.flat_map(|sequence| unpublished(sequence, &self.blocks)).collect()
     }
 
-    /// Takes the youngest running sequence's blocks and puts it in front of the queue.
     fn preempt_youngest(&mut self) {
-        if let Some(mut sequence) = self.running.pop() {
-            self.blocks.release(&mut sequence.block_table);
-            sequence.num_computed_tokens = 0;
+        if let Some(youngest) = self.running.len().checked_sub(1) {
+            self.send_back(youngest);
             self.num_preemptions += 1;
-            self.waiting.push_front(sequence);
         }
+    }
+
+    /// Takes a running sequence's blocks and puts it in front of the queue.
+    fn send_back(&mut self, index: usize) {
+        let mut sequence = self.running.remove(index);
+        self.blocks.release(&mut sequence.block_table);
+        sequence.num_computed_tokens = 0;
+        sequence.is_outgrown = false;
+        self.waiting.push_front(sequence);
     }
 
     fn too_long(&self, num_tokens: usize) -> String {

@@ -20,6 +20,10 @@ pub struct Sequence {
     pub(crate) block_table: Vec<BlockId>,
     /// Chained hashes of its full blocks; grows with the tokens.
     block_hashes: Vec<BlockHash>,
+    /// Length beyond which all its keys are rotated otherwise ([`crate::ModelConfig::long_context_beyond`]).
+    long_beyond: Option<usize>,
+    /// Whether it has grown beyond that since its keys were computed.
+    pub(crate) is_outgrown: bool,
 }
 
 impl Sequence {
@@ -33,9 +37,24 @@ impl Sequence {
             num_cached_tokens: None,
             block_table: Vec::new(),
             block_hashes: Vec::new(),
+            long_beyond: None,
+            is_outgrown: false,
         };
         sequence.extend_hashes();
         sequence
+    }
+
+    /// A sequence, still without blocks, of a model that rotates all keys otherwise once it has more tokens.
+    pub(crate) fn with_long_context_beyond(mut self, num_tokens: Option<usize>) -> Self {
+        self.long_beyond = num_tokens;
+        self.block_hashes.clear();
+        self.extend_hashes();
+        self
+    }
+
+    /// Whether it has more tokens than [`crate::ModelConfig::long_context_beyond`].
+    pub(crate) fn is_long(&self) -> bool {
+        self.long_beyond.is_some_and(|beyond| self.token_ids.len() > beyond)
     }
 
     /// The caller's name for it.
@@ -75,7 +94,12 @@ impl Sequence {
 
     /// Appends a generated token.
     pub fn push(&mut self, token: TokenId) {
+        let was_long = self.is_long();
         self.token_ids.push(token);
+        if self.is_long() && !was_long {
+            self.is_outgrown = true;
+            self.block_hashes.clear();
+        }
         self.extend_hashes();
     }
 
@@ -95,7 +119,9 @@ impl Sequence {
         let num_full = self.token_ids.len() / BLOCK_SIZE;
         for index in self.block_hashes.len()..num_full {
             let tokens = &self.token_ids[index * BLOCK_SIZE..(index + 1) * BLOCK_SIZE];
-            let hash = BlockHash::new(self.block_hashes.last(), tokens);
+            // The same tokens have other keys in a long sequence.
+            let root = self.is_long().then_some(&BlockHash::LONG);
+            let hash = BlockHash::new(self.block_hashes.last().or(root), tokens);
             self.block_hashes.push(hash);
         }
     }
@@ -123,5 +149,17 @@ mod tests {
         let whole = Sequence::new(2, (0..40).collect());
         assert_eq!(grown.block_hashes(), whole.block_hashes());
         assert_eq!(grown.generated().len(), 35);
+    }
+
+    #[test]
+    fn a_long_sequence_shares_no_block_with_short_ones() {
+        let sequence =
+            |len| Sequence::new(1, (0..len).collect()).with_long_context_beyond(Some(40));
+        let mut grown = sequence(40);
+        assert_eq!(grown.block_hashes(), Sequence::new(2, (0..40).collect()).block_hashes());
+        grown.push(40);
+        assert!(grown.is_outgrown && grown.is_long());
+        assert_eq!(grown.block_hashes(), sequence(41).block_hashes());
+        assert_ne!(grown.block_hashes()[0], sequence(40).block_hashes()[0]);
     }
 }

@@ -21,6 +21,9 @@ pub struct SequenceInput {
     pub num_computed_tokens: usize,
     /// The sequence's blocks in order; token `p` lives in block `p / BLOCK_SIZE` at `p % BLOCK_SIZE`.
     pub block_table: Vec<BlockId>,
+    /// Whether all of its tokens are more than [`crate::ModelConfig::long_context_beyond`], those included that
+    /// are not scheduled yet: then all its keys are rotated otherwise.
+    pub is_long: bool,
     /// Whether the logits of its last scheduled token are needed.
     pub wants_logits: bool,
 }

@@ -4,6 +4,8 @@
 //! becoming a control token (see [`Tokenizer::neutralise`]). Whole prompts are made in `prompt`, answers are
 //! decoded token by token in `detokenizer`.
 
+mod special_tokens;
+
 use std::collections::{BTreeSet, HashSet};
 use std::path::Path;
 
@@ -15,7 +17,10 @@ use tokenizers::{
 };
 
 use crate::Error;
+use crate::model_files::ModelFiles;
 use crate::step::TokenId;
+
+pub(crate) use special_tokens::named_tokens;
 
 /// How often a text is searched again for control tokens that appear once others are broken up.
 const MAX_NEUTRALISE_PASSES: usize = 16;
@@ -36,22 +41,41 @@ pub struct Tokenizer {
     byte_fallback: HashSet<TokenId>,
     /// Whether control tokens are looked for in normalised text.
     normalizes_control: bool,
-    /// See [`Tokenizer::anchor`].
+    /// Tokens of an ordinary letter. Behind them tokens decode as they do in the middle of a text: decoders
+    /// treat the beginning of a text differently.
     anchor: Vec<TokenId>,
+    /// Whether decoded text loses blanks before punctuation.
+    cleans_up: bool,
 }
 
 impl Tokenizer {
-    /// Loads the tokenizer of the model in a folder.
+    /// Loads the tokenizer of a model, of its folder or of its GGUF file: `tokenizer.json` is what counts, and
+    /// the tokens that `tokenizer_config.json` names beside it are added, as transformers does.
     pub fn load(model_path: &Path) -> Result<Self, Error> {
-        let path = model_path.join("tokenizer.json");
-        let bytes =
-            std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-        let wrong = |error| Error::Model(format!("{} is not a tokenizer: {error}", path.display()));
-        let mut tokenizer = Self::new(tokenizers::Tokenizer::from_bytes(bytes).map_err(wrong)?)?;
-        for name in ["config.json", "generation_config.json", "tokenizer_config.json"] {
-            if let Some(config) = read_json(&model_path.join(name))? {
+        let files = ModelFiles::open(model_path)?;
+        let text = files.text("tokenizer.json")?.ok_or_else(|| no_tokenizer(model_path))?;
+        let wrong = |error| {
+            let name = files.name("tokenizer.json");
+            Error::Model(format!("{name} is not a tokenizer: {error}"))
+        };
+        let mut inner = tokenizers::Tokenizer::from_bytes(text).map_err(wrong)?;
+        let config = files.json("tokenizer_config.json")?.unwrap_or_default();
+        let map = files.json("special_tokens_map.json")?.unwrap_or_default();
+        special_tokens::add_configured(&mut inner, &config, &map).map_err(wrong)?;
+        let mut tokenizer = Self::new(inner)?;
+        // As in transformers: words of byte-pair vocabularies bring their blanks along.
+        tokenizer.cleans_up = config["clean_up_tokenization_spaces"] == true
+            && !matches!(tokenizer.inner.get_model(), ModelWrapper::BPE(_));
+        // The most particular file that names a token which ends an answer is the one that counts.
+        for name in ["generation_config.json", "config.json"] {
+            if tokenizer.eos.is_empty()
+                && let Some(config) = files.json(name)?
+            {
                 tokenizer.add_eos(&config);
             }
+        }
+        if tokenizer.eos.is_empty() {
+            tokenizer.add_eos(&config);
         }
         Ok(tokenizer)
     }
@@ -77,6 +101,7 @@ impl Tokenizer {
                 .filter_map(|byte| inner.token_to_id(&format!("<0x{byte:02X}>")))
                 .collect(),
             anchor: Vec::new(),
+            cleans_up: false,
             inner,
         };
         tokenizer.anchor = tokenizer.find_anchor();
@@ -96,9 +121,33 @@ impl Tokenizer {
 
     /// Text of tokens, without special ones.
     pub fn decode(&self, token_ids: &[TokenId]) -> Result<String, Error> {
+        let text = self.decode_raw(token_ids)?;
+        Ok(if self.cleans_up { clean_up(&text) } else { text })
+    }
+
+    /// Text of tokens, without special ones, before blanks are cleaned up.
+    pub(crate) fn decode_raw(&self, token_ids: &[TokenId]) -> Result<String, Error> {
         self.inner
             .decode(token_ids, true)
             .map_err(|error| Error::Input(format!("the tokens cannot be decoded: {error}")))
+    }
+
+    /// Text of tokens, without special ones, as it is in the middle of a text, before blanks are cleaned
+    /// up.
+    pub(crate) fn decode_inside(&self, token_ids: &[TokenId]) -> Result<String, Error> {
+        let before = self.decode_raw(&self.anchor)?;
+        let whole = self.decode_raw(&[&self.anchor, token_ids].concat())?;
+        Ok(whole.strip_prefix(&before).unwrap_or(&whole).to_owned())
+    }
+
+    /// Text of one token as it is in the middle of a text; that of a special token is its name.
+    pub fn token_text(&self, token: TokenId) -> String {
+        let text = if self.is_special(token) {
+            self.token(token)
+        } else {
+            self.decode_inside(&[token]).ok()
+        };
+        text.unwrap_or_default()
     }
 
     /// Whether the token ends an answer.
@@ -111,20 +160,25 @@ impl Tokenizer {
         self.eos.iter().copied()
     }
 
-    /// Whether decoding leaves the token out.
+    /// A token as the vocabulary writes it; `None` if there is none of this id.
+    pub fn token(&self, id: TokenId) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// Whether decoding leaves the token out: special ones, and those of ids that a model has and its vocabulary
+    /// lacks.
     pub fn is_special(&self, token: TokenId) -> bool {
-        self.special.contains(&token)
+        self.special.contains(&token) || self.token(token).is_none()
+    }
+
+    /// Whether decoded text goes through [`clean_up`].
+    pub(crate) fn cleans_up(&self) -> bool {
+        self.cleans_up
     }
 
     /// Whether the token stands for a single byte of a character.
     pub(crate) fn is_byte_fallback(&self, token: TokenId) -> bool {
         self.byte_fallback.contains(&token)
-    }
-
-    /// Tokens of an ordinary letter. Behind them tokens decode as they do in the middle of a text: decoders
-    /// treat the beginning of a text differently.
-    pub(crate) fn anchor(&self) -> &[TokenId] {
-        &self.anchor
     }
 
     /// The text with marks inside everything that would become a control token, so that it no longer does.
@@ -213,17 +267,34 @@ impl Tokenizer {
         let one = std::slice::from_ref(ids);
         let ids = ids.as_array().map_or(one, Vec::as_slice);
         self.eos.extend(ids.iter().filter_map(|id| TokenId::try_from(id.as_u64()?).ok()));
-        if let Some(content) = token_content(&config["eos_token"]) {
+        if let Some(content) = special_tokens::content(&config["eos_token"]) {
             self.eos.extend(self.inner.token_to_id(content));
         }
     }
 
     fn find_anchor(&self) -> Vec<TokenId> {
         let anchor = self.encode("a", false).unwrap_or_default();
-        let text = self.decode(&anchor).unwrap_or_default();
-        let twice = self.decode(&[anchor.clone(), anchor.clone()].concat()).unwrap_or_default();
+        let text = self.decode_raw(&anchor).unwrap_or_default();
+        let twice = self.decode_raw(&[anchor.clone(), anchor.clone()].concat()).unwrap_or_default();
         if text.trim() == "a" && twice.starts_with(&text) { anchor } else { Vec::new() }
     }
+}
+
+/// The text without blanks before punctuation and contractions, as transformers cleans it up.
+pub(crate) fn clean_up(text: &str) -> String {
+    const UNWANTED: [&str; 10] =
+        [" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"];
+    UNWANTED.iter().fold(text.to_owned(), |text, unwanted| text.replace(unwanted, unwanted.trim()))
+}
+
+/// Why a folder without `tokenizer.json` can't be used.
+fn no_tokenizer(model_path: &Path) -> Error {
+    let others = ["tokenizer.model", "vocab.json", "tekken.json", "vocab.txt"];
+    let found = others.into_iter().find(|name| model_path.join(name).is_file());
+    let found = found.map_or_else(String::new, |name| {
+        format!(", only {name}; AutoTokenizer.from_pretrained and save_pretrained write it")
+    });
+    Error::Model(format!("{} has no tokenizer.json{found}", model_path.display()))
 }
 
 /// Makes the word cache small. The model inside can't be changed in place, so this copies it once.
@@ -240,31 +311,6 @@ fn bound_word_cache(tokenizer: &mut tokenizers::Tokenizer) {
 fn is_control(content: &str) -> bool {
     let is_blank = |character: char| character.is_whitespace() || character == '\u{2581}';
     content.chars().count() > 1 && !content.chars().all(is_blank)
-}
-
-/// The text of a token in a configuration file: a string, or an object that contains it.
-pub(crate) fn token_content(value: &Value) -> Option<&str> {
-    value.as_str().or_else(|| value["content"].as_str())
-}
-
-/// A JSON file; `None` if there is none.
-pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
-    let Some(text) = read_text(path)? else {
-        return Ok(None);
-    };
-    let parsed = serde_json::from_str(&text);
-    parsed
-        .map(Some)
-        .map_err(|error| Error::Model(format!("{} is not JSON: {error}", path.display())))
-}
-
-/// A text file; `None` if there is none.
-pub(crate) fn read_text(path: &Path) -> Result<Option<String>, Error> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::Io { path: path.to_owned(), source }),
-    }
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "the shape that map_err takes")]

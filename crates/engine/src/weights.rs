@@ -1,216 +1,236 @@
-//! A checkpoint's tensors: safetensors files, whole or in shards, mapped into memory while they are packed.
+//! A checkpoint's tensors, by the names that transformers gives them, mapped into memory while they are packed.
+//!
+//! Which bytes a tensor has in which file is known in `safetensors` and `gguf`; here it is checked against the
+//! shape that the model expects, and read row by row.
 
-use std::collections::HashMap;
+mod format;
+pub(crate) mod gguf;
+mod safetensors;
+
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
-use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, Metadata};
+use memmap2::{Mmap, MmapMut, UncheckedAdvice};
 
 use crate::Error;
+use crate::config::ModelConfig;
+use crate::model_files::is_gguf;
+pub use format::Format;
+use gguf::{Gguf, GgufTensors};
+use safetensors::SafetensorsFiles;
 
-const SINGLE_FILE: &str = "model.safetensors";
-const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Bytes of a tensor after whose reading the pages before are given back.
+const RELEASE_BYTES: usize = 1 << 20;
 
-/// The files of a checkpoint.
+/// The weights of a model, and what it looks like.
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
-    files: Vec<CheckpointFile>,
+    model_path: PathBuf,
+    source: Source,
 }
 
 #[derive(Debug)]
-struct CheckpointFile {
-    path: PathBuf,
-    memory: Mmap,
-    metadata: Metadata,
-    data_start: usize,
+enum Source {
+    Safetensors(SafetensorsFiles),
+    Gguf(GgufTensors),
+    /// No file: every tensor is there, of the shape that is asked for, and has no numbers.
+    Blueprint {
+        format: Format,
+        empty: Mmap,
+    },
 }
 
-#[derive(serde::Deserialize)]
-struct Index {
-    weight_map: HashMap<String, String>,
+/// A tensor as its file has it.
+#[derive(Debug)]
+pub(crate) struct Stored<'a> {
+    file: &'a Path,
+    memory: &'a Mmap,
+    bytes: &'a [u8],
+    format: Format,
+    shape: Vec<usize>,
+    layout: Layout,
+}
+
+/// How a file's numbers differ from those that transformers saves.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Layout {
+    /// Number of heads whose rows alternate between the first and the second half of the head.
+    interleaved_heads: Option<usize>,
+    /// What has been added to each number.
+    offset: f32,
 }
 
 impl Checkpoint {
-    /// Opens the checkpoint in a model's folder.
+    /// Opens the checkpoint in a model's folder, or a GGUF file.
     pub(crate) fn open(model_path: &Path) -> Result<Self, Error> {
-        let single = model_path.join(SINGLE_FILE);
-        let index = model_path.join(INDEX_FILE);
-        let paths = if single.is_file() {
-            vec![single]
-        } else if index.is_file() {
-            shards(model_path, index)?
+        let source = if is_gguf(model_path) {
+            Source::Gguf(GgufTensors::new(Gguf::open(model_path)?)?)
         } else {
-            return Err(Error::Model(format!(
-                "{} has neither {SINGLE_FILE} nor {INDEX_FILE}",
-                model_path.display()
-            )));
+            Source::Safetensors(SafetensorsFiles::open(model_path)?)
         };
-        let files = paths.into_iter().map(CheckpointFile::open).collect::<Result<_, _>>()?;
-        Ok(Self { files })
+        Ok(Self { model_path: model_path.to_owned(), source })
+    }
+
+    /// A checkpoint of any model, of which only the shapes are known.
+    pub(crate) fn blueprint(format: Format) -> Result<Self, Error> {
+        let failed = |error: std::io::Error| Error::OutOfMemory(error.to_string());
+        let empty = MmapMut::map_anon(1).and_then(MmapMut::make_read_only).map_err(failed)?;
+        Ok(Self { model_path: PathBuf::new(), source: Source::Blueprint { format, empty } })
+    }
+
+    /// Bytes of its files.
+    pub(crate) fn num_file_bytes(&self) -> u64 {
+        match &self.source {
+            Source::Safetensors(files) => files.num_bytes(),
+            Source::Gguf(files) => files.num_bytes(),
+            Source::Blueprint { .. } => 0,
+        }
+    }
+
+    /// What the model looks like.
+    pub(crate) fn config(&self) -> Result<ModelConfig, Error> {
+        ModelConfig::load(&self.model_path)
     }
 
     /// A tensor, which must have this shape.
     pub(crate) fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, Error> {
-        let found = self.files.iter().find_map(|file| Some((file, file.metadata.info(name)?)));
-        let Some((file, info)) = found else {
-            let files: Vec<_> =
-                self.files.iter().map(|file| file.path.display().to_string()).collect();
+        if let Source::Blueprint { format, empty } = &self.source {
+            return Ok(Tensor::new(Stored {
+                file: &self.model_path,
+                memory: empty,
+                bytes: &empty[..0],
+                format: *format,
+                shape: shape.to_vec(),
+                layout: Layout::default(),
+            }));
+        }
+        let Some(stored) = self.find(name)? else {
+            let files = match &self.source {
+                Source::Safetensors(files) => files.names(),
+                Source::Gguf(files) => files.names(),
+                Source::Blueprint { .. } => String::new(),
+            };
             return Err(Error::Model(format!(
-                "the tensor {name} of shape {shape:?} is in none of {}",
-                files.join(", ")
+                "the tensor {name} of shape {shape:?} is in none of {files}"
             )));
         };
-        let wrong = |what: String| {
-            Error::Model(format!("the tensor {name} in {} {what}", file.path.display()))
-        };
-        if info.shape != shape {
-            return Err(wrong(format!("has shape {:?}, expected {shape:?}", info.shape)));
+        if stored.shape != shape {
+            return Err(Error::Model(format!(
+                "the tensor {name} in {} has shape {:?}, expected {shape:?}",
+                stored.file.display(),
+                stored.shape
+            )));
         }
-        let format = match info.dtype {
-            Dtype::F32 => Format::F32,
-            Dtype::F16 => Format::F16,
-            Dtype::BF16 => Format::Bf16,
-            other => {
-                return Err(wrong(format!("has dtype {other:?}, expected F32, F16 or BF16")));
-            }
-        };
-        let (start, end) = info.data_offsets;
-        let bytes = file
-            .memory
-            .get(file.data_start + start..file.data_start + end)
-            .filter(|bytes| bytes.len() == shape.iter().product::<usize>() * format.bytes())
-            .ok_or_else(|| wrong("doesn't have the bytes its header promises".into()))?;
-        Ok(Tensor { bytes, format, row_len: shape[shape.len() - 1] })
+        Ok(Tensor::new(stored))
     }
 
     /// Whether there is such a tensor.
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.files.iter().any(|file| file.metadata.info(name).is_some())
-    }
-}
-
-impl CheckpointFile {
-    #[expect(unsafe_code, reason = "mapping a file into memory")]
-    fn open(path: PathBuf) -> Result<Self, Error> {
-        // SAFETY: weights are only copied out of the map, as bytes, while loading; a file that is changed
-        // meanwhile gives wrong numbers, and one that is cut ends the process: loading needs it left alone.
-        let mapped = File::open(&path).and_then(|file| unsafe { Mmap::map(&file) });
-        let memory = match mapped {
-            Ok(memory) => memory,
-            Err(source) => return Err(Error::Io { path, source }),
-        };
-        let (header_len, metadata) = SafeTensors::read_metadata(&memory).map_err(|error| {
-            Error::Model(format!(
-                "{} is damaged or no safetensors file: {error} (it has {} bytes)",
-                path.display(),
-                memory.len()
-            ))
-        })?;
-        Ok(Self { path, data_start: size_of::<u64>() + header_len, metadata, memory })
-    }
-}
-
-/// The files that an index names, each once.
-fn shards(model_path: &Path, index: PathBuf) -> Result<Vec<PathBuf>, Error> {
-    let text = match std::fs::read_to_string(&index) {
-        Ok(text) => text,
-        Err(source) => {
-            return Err(Error::Io { path: index, source });
-        }
-    };
-    let parsed: Index = serde_json::from_str(&text).map_err(|error| {
-        Error::Model(format!("{} has no usable weight_map: {error}", index.display()))
-    })?;
-    let mut names: Vec<String> = parsed.weight_map.into_values().collect();
-    names.sort_unstable();
-    names.dedup();
-    if let Some(name) = names.iter().find(|name| Path::new(name).components().count() != 1) {
-        return Err(Error::Model(format!(
-            "{} names {name:?}, expected a file beside it",
-            index.display()
-        )));
-    }
-    Ok(names.into_iter().map(|name| model_path.join(name)).collect())
-}
-
-/// How numbers are written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Format {
-    /// Four bytes.
-    F32,
-    /// IEEE half precision.
-    F16,
-    /// The upper half of an `f32`.
-    Bf16,
-}
-
-impl Format {
-    /// Bytes of a number.
-    pub(crate) fn bytes(self) -> usize {
-        match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
-        }
+        // One that is there and damaged is told about when it is asked for.
+        self.find(name).map_or(true, |found| found.is_some())
     }
 
-    /// Widens numbers.
-    pub(crate) fn decode(self, bytes: &[u8], out: &mut [f32]) {
-        match self {
-            Self::F32 => {
-                for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = f32::from_le_bytes(*bytes);
-                }
-            }
-            Self::F16 => {
-                for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = half::f16::from_le_bytes(*bytes).to_f32();
-                }
-            }
-            Self::Bf16 => {
-                for (out, bytes) in out.iter_mut().zip(bytes.as_chunks().0) {
-                    *out = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
-                }
-            }
+    fn find(&self, name: &str) -> Result<Option<Stored<'_>>, Error> {
+        match &self.source {
+            Source::Safetensors(files) => files.find(name),
+            Source::Gguf(files) => files.find(name),
+            Source::Blueprint { .. } => Ok(None),
         }
     }
 }
 
-/// A tensor in a file, read as rows.
-#[derive(Clone, Copy, Debug)]
+/// Maps a file into memory.
+#[expect(unsafe_code, reason = "mapping a file into memory")]
+fn map(path: &Path) -> Result<Mmap, Error> {
+    // SAFETY: what is mapped is only copied out of the map, as bytes; a file that is changed meanwhile
+    // gives wrong numbers, and one that is cut ends the process: loading needs it left alone.
+    let mapped = File::open(path).and_then(|file| unsafe { Mmap::map(&file) });
+    mapped.map_err(|source| Error::Io { path: path.to_owned(), source })
+}
+
+/// A tensor in a file, read as rows. Its pages leave memory when it is dropped.
+#[derive(Debug)]
 pub(crate) struct Tensor<'a> {
-    bytes: &'a [u8],
-    format: Format,
+    stored: Stored<'a>,
     row_len: usize,
 }
 
 impl<'a> Tensor<'a> {
-    /// How its numbers are written.
-    pub(crate) fn format(&self) -> Format {
-        self.format
+    fn new(stored: Stored<'a>) -> Self {
+        // A vector of heads is turned number by number.
+        let is_column = stored.layout.interleaved_heads.is_some() && stored.shape.len() == 1;
+        let row_len = stored.shape.last().copied().filter(|_| !is_column).unwrap_or(1);
+        Self { stored, row_len }
     }
 
-    /// All of its bytes.
-    pub(crate) fn bytes(&self) -> &'a [u8] {
-        self.bytes
+    /// How its numbers are written.
+    pub(crate) fn format(&self) -> Format {
+        self.stored.format
+    }
+
+    /// Numbers of a row.
+    pub(crate) fn row_len(&self) -> usize {
+        self.row_len
     }
 
     /// Rows it has.
     pub(crate) fn num_rows(&self) -> usize {
-        self.bytes.len() / (self.row_len * self.format.bytes())
+        self.stored.shape.iter().product::<usize>() / self.row_len
+    }
+
+    /// The bytes of one row. Rows are read from the first on: what lies well before this one has been read.
+    pub(crate) fn row(&self, row: usize) -> &'a [u8] {
+        let Stored { bytes, format, layout, .. } = &self.stored;
+        let row_bytes = format.num_bytes(self.row_len);
+        let (start, end) = (row * row_bytes, (row + 1) * row_bytes);
+        if start / RELEASE_BYTES != end / RELEASE_BYTES {
+            let released = 2 * RELEASE_BYTES.max(row_bytes);
+            self.stored.release(start.saturating_sub(released)..start);
+        }
+        let row = layout.interleaved_heads.map_or(row, |heads| {
+            let half = self.num_rows() / heads / 2;
+            let (head, in_head) = (row / (2 * half), row % (2 * half));
+            head * 2 * half + in_head % half * 2 + in_head / half
+        });
+        &bytes[row * row_bytes..][..row_bytes]
     }
 
     /// Widens one row.
     pub(crate) fn decode_row(&self, row: usize, out: &mut [f32]) {
-        let row_bytes = self.row_len * self.format.bytes();
-        self.format.decode(&self.bytes[row * row_bytes..][..row_bytes], out);
+        self.format().decode(self.row(row), out);
+        let offset = self.stored.layout.offset;
+        if offset != 0.0 {
+            out.iter_mut().for_each(|x| *x -= offset);
+        }
     }
 
     /// Widens all of it.
-    pub(crate) fn to_vec(self) -> Vec<f32> {
-        let mut out = vec![0.0; self.bytes.len() / self.format.bytes()];
-        self.format.decode(self.bytes, &mut out);
+    pub(crate) fn to_vec(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.num_rows() * self.row_len];
+        for (row, out) in out.chunks_exact_mut(self.row_len).enumerate() {
+            self.decode_row(row, out);
+        }
         out
+    }
+}
+
+impl Stored<'_> {
+    /// Lets the system take pages back: what has been packed is not needed a second time.
+    #[expect(unsafe_code, reason = "advice on mapped memory")]
+    fn release(&self, range: Range<usize>) {
+        let start = self.bytes.as_ptr() as usize - self.memory.as_ptr() as usize + range.start;
+        // SAFETY: the map is of a file and never written to, so that a page that is dropped and touched
+        // again, by a neighbour or another thread, has the same content. Advice that is refused changes
+        // nothing.
+        let _refused = unsafe {
+            self.memory.unchecked_advise_range(UncheckedAdvice::DontNeed, start, range.len())
+        };
+    }
+}
+
+impl Drop for Stored<'_> {
+    fn drop(&mut self) {
+        self.release(0..self.bytes.len());
     }
 }

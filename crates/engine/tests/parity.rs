@@ -9,9 +9,9 @@ mod synthetic;
 
 use std::path::{Path, PathBuf};
 
-use driver::{Sequence, argmax, generate, run, step};
-use flotilla_engine::step::{BlockId, SequenceInput, StepInput, TokenId};
-use flotilla_engine::{Runner, RunnerOptions};
+use driver::{Sequence, generate, run, step};
+use flotilla_engine::step::{BLOCK_SIZE, BlockId, SequenceInput, StepInput, TokenId};
+use flotilla_engine::{Architecture, Runner, RunnerOptions};
 use synthetic::{Random, Shape};
 
 const NUM_BLOCKS: usize = 128;
@@ -21,7 +21,8 @@ fn fixtures() -> PathBuf {
 }
 
 fn load(path: &Path, threads: usize) -> Runner {
-    let options = RunnerOptions { threads, max_num_batched_tokens: 1024 };
+    let options =
+        RunnerOptions { threads, max_num_batched_tokens: 1024, ..RunnerOptions::default() };
     let mut runner = Runner::load(path, &options).unwrap();
     runner.allocate_kv_cache(NUM_BLOCKS).unwrap();
     runner
@@ -29,6 +30,7 @@ fn load(path: &Path, threads: usize) -> Runner {
 
 /// Large enough that several threads share its work.
 const SHAPE: Shape = Shape {
+    architecture: Architecture::Llama,
     hidden_size: 160,
     intermediate_size: 336,
     num_hidden_layers: 3,
@@ -74,7 +76,7 @@ struct Expected {
     prompts: Vec<ExpectedPrompt>,
 }
 
-#[derive(serde::Deserialize)]
+#[derive(Clone, serde::Deserialize)]
 struct ExpectedPrompt {
     prompt: Vec<TokenId>,
     last_logits: Vec<f32>,
@@ -92,33 +94,94 @@ fn assert_close(logits: &[f32], expected: &[f32], what: &str) {
     }
 }
 
-#[test]
-fn logits_and_greedy_tokens_are_those_of_transformers() {
+/// Every checkpoint with what transformers makes of it: all architectures, both dialects, all variants, and
+/// those of a folder that is named by `FLOTILLA_MORE_FIXTURES` (scripts/fuzz_fixtures.py).
+fn for_each_checkpoint(mut check: impl FnMut(&str, &mut Runner, &Expected)) {
+    let more = std::env::var_os("FLOTILLA_MORE_FIXTURES").map(PathBuf::from);
+    let folders = more.into_iter().chain([fixtures()]);
     let mut num_checkpoints = 0;
-    for entry in std::fs::read_dir(fixtures()).unwrap() {
-        let path = entry.unwrap().path();
+    for path in folders.flat_map(|folder| std::fs::read_dir(folder).unwrap()) {
+        let path = path.unwrap().path();
         let Ok(text) = std::fs::read_to_string(path.join("expected.json")) else {
             continue;
         };
         let expected: Expected = serde_json::from_str(&text).unwrap();
-        let mut runner = load(&path, 2);
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        check(&name, &mut load(&path, 2), &expected);
         num_checkpoints += 1;
-        for (index, want) in expected.prompts.iter().enumerate() {
-            let name = format!("{} prompt {index}", path.display());
-            let until_middle = want.prompt[..=want.middle_position].to_vec();
-            let mut sequence = Sequence::contiguous(until_middle, 0, 256);
-            let logits = run(&mut runner, &mut sequence, 1024);
-            assert_close(&logits[0], &want.middle_logits, &name);
-
-            let mut sequence = Sequence::contiguous(want.prompt.clone(), 0, 256);
-            let logits = run(&mut runner, &mut sequence, 1024);
-            assert_close(&logits[0], &want.last_logits, &name);
-            sequence.tokens.push(argmax(&logits[0]));
-            generate(&mut runner, &mut [&mut sequence], want.greedy.len() - 1);
-            assert_eq!(sequence.tokens[want.prompt.len()..], want.greedy, "{name}");
-        }
     }
-    assert!(num_checkpoints > 0, "no fixtures in {}", fixtures().display());
+    assert!(num_checkpoints > 30, "only {num_checkpoints} in {}", fixtures().display());
+}
+
+/// The greedy answers of transformers to prompts, computed in one batch.
+fn assert_greedy(
+    runner: &mut Runner,
+    mut sequences: Vec<Sequence>,
+    expected: &Expected,
+    what: &str,
+) {
+    let num_tokens = expected.prompts[0].greedy.len();
+    let mut batch: Vec<_> = sequences.iter_mut().collect();
+    let generated = generate(runner, &mut batch, num_tokens);
+    for (index, (tokens, want)) in generated.iter().zip(&expected.prompts).enumerate() {
+        assert_eq!(tokens, &want.greedy, "{what}, prompt {index}");
+    }
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    for_each_checkpoint(|name, runner, expected| {
+        for (index, want) in expected.prompts.iter().enumerate() {
+            let name = format!("{name} prompt {index}");
+            let mut sequence = Sequence::contiguous(want.prompt.clone(), 0, 256).of(runner);
+            let middle = step(runner, &mut [&mut sequence], want.middle_position + 1);
+            assert_close(&middle[0], &want.middle_logits, &name);
+            sequence.num_computed = 0;
+            let last = run(runner, &mut sequence, 1024);
+            assert_close(&last[0], &want.last_logits, &name);
+        }
+    });
+}
+
+#[test]
+fn greedy_tokens_are_those_of_transformers_alone_and_in_a_batch() {
+    for_each_checkpoint(|name, runner, expected| {
+        for want in &expected.prompts {
+            let alone = Expected { prompts: vec![want.clone()] };
+            let sequence = Sequence::contiguous(want.prompt.clone(), 0, 256).of(runner);
+            assert_greedy(runner, vec![sequence], &alone, name);
+        }
+        let batch = expected.prompts.iter().enumerate().map(|(index, want)| {
+            Sequence::contiguous(want.prompt.clone(), 16 * index as u32, 256).of(runner)
+        });
+        let batch = batch.collect();
+        assert_greedy(runner, batch, expected, &format!("{name} in a batch"));
+    });
+}
+
+#[test]
+fn every_architecture_computes_the_same_bits_however_a_prompt_is_cut_and_placed() {
+    for_each_checkpoint(|name, runner, expected| {
+        let longest = expected.prompts.iter().max_by_key(|want| want.prompt.len()).unwrap();
+        let tokens = [&longest.prompt[..], &longest.greedy[..]].concat();
+        let sequence = |first| Sequence::contiguous(tokens.clone(), first, tokens.len()).of(runner);
+        let (mut whole, mut scattered) = (sequence(0), sequence(20));
+        let mut pieces: Vec<_> = [1, 7, 16, 33].map(|chunk| (chunk, sequence(40))).into();
+        let mut shared = sequence(60);
+        let whole_logits = run(runner, &mut whole, 1024).remove(0);
+        for (chunk, sequence) in &mut pieces {
+            let last = run(runner, sequence, *chunk).pop().unwrap();
+            assert_same_bits(&last, &whole_logits, &format!("{name} in chunks of {chunk}"));
+        }
+        scattered.blocks.reverse();
+        let logits = run(runner, &mut scattered, 1024).remove(0);
+        assert_same_bits(&logits, &whole_logits, &format!("{name} scattered"));
+        // The first three blocks were computed by another sequence.
+        shared.blocks[..3].copy_from_slice(&whole.blocks[..3]);
+        shared.num_computed = 3 * BLOCK_SIZE;
+        let logits = run(runner, &mut shared, 1024).remove(0);
+        assert_same_bits(&logits, &whole_logits, &format!("{name} with a cached prefix"));
+    });
 }
 
 #[test]
@@ -180,7 +243,8 @@ fn blocks_may_lie_anywhere() {
             blocks.swap(i, model.random.below(i + 1));
         }
         blocks.truncate(13);
-        let mut sequence = Sequence { tokens: prompt.clone(), num_computed: 0, blocks };
+        let mut sequence =
+            Sequence { tokens: prompt.clone(), num_computed: 0, blocks, long_beyond: None };
         let paged = run(&mut runner, &mut sequence, 1024);
         assert_same_bits(&paged[0], &contiguous[0], &format!("round {round}"));
     }
@@ -196,21 +260,25 @@ fn cached_prefix_is_as_good_as_computed() {
     let tokens = [prefix, model.prompt(30)].concat();
     let whole = run(&mut runner, &mut Sequence::contiguous(tokens.clone(), 50, 80), 1024);
     let blocks = [&first.blocks[..3], &[BlockId(90), BlockId(70)]].concat();
-    let mut shared = Sequence { tokens, num_computed: 48, blocks };
+    let mut shared = Sequence { tokens, num_computed: 48, blocks, long_beyond: None };
     let cached = run(&mut runner, &mut shared, 1024);
     assert_same_bits(&cached[0], &whole[0], "shared prefix");
 }
 
 #[test]
 fn number_of_threads_changes_no_bit() {
-    let mut model = Synthetic::new(SHAPE);
-    let prompt = model.prompt(300);
-    let logits = [1, 2, 3].map(|threads| {
-        let mut runner = model.runner(threads);
-        run(&mut runner, &mut Sequence::contiguous(prompt.clone(), 0, 304), 1024).remove(0)
-    });
-    assert_same_bits(&logits[0], &logits[1], "two threads");
-    assert_same_bits(&logits[0], &logits[2], "three threads");
+    for architecture in [Architecture::Llama, Architecture::Gemma2] {
+        let mut model = Synthetic::new(Shape { architecture, ..SHAPE });
+        let prompts = [model.prompt(480), model.prompt(470)];
+        let logits = [1, 2, 3].map(|threads| {
+            let mut runner = model.runner(threads);
+            let [mut first, mut second] =
+                [0, 1].map(|i| Sequence::contiguous(prompts[i].clone(), 30 * i as u32, 480));
+            step(&mut runner, &mut [&mut first, &mut second], 1024).concat()
+        });
+        assert_same_bits(&logits[0], &logits[1], "two threads");
+        assert_same_bits(&logits[0], &logits[2], "three threads");
+    }
 }
 
 #[test]
@@ -223,6 +291,7 @@ fn what_cannot_be_computed_is_refused_and_harms_nothing() {
         num_scheduled_tokens: 20,
         num_computed_tokens: 0,
         block_table: vec![BlockId(0), BlockId(1)],
+        is_long: false,
         wants_logits: true,
     };
     let with = |change: &dyn Fn(&mut SequenceInput)| {
@@ -256,7 +325,8 @@ fn damaged_checkpoints_are_named() {
     let config = model.folder.path().join("config.json");
     let (bytes, text) =
         (std::fs::read(&weights).unwrap(), std::fs::read_to_string(&config).unwrap());
-    let options = RunnerOptions { threads: 1, max_num_batched_tokens: 16 };
+    let options =
+        RunnerOptions { threads: 1, max_num_batched_tokens: 16, ..RunnerOptions::default() };
     let error = || Runner::load(model.folder.path(), &options).unwrap_err().to_string();
     for len in [0, 3, 8, 100, bytes.len() / 2, bytes.len() - 1] {
         std::fs::write(&weights, &bytes[..len]).unwrap();

@@ -6,21 +6,53 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use flotilla_engine::{
-    ChatTemplate, Detokenizer, Message, PromptFormat, TokenId, Tokenizer, UserTemplate,
-};
+use flotilla_engine::{ChatTemplate, Detokenizer, PromptFormat, TokenId, Tokenizer, UserTemplate};
+use minijinja::context;
+use minijinja::value::ValueKind;
 use proptest::prelude::*;
 use serde_json::Value;
 
-const TOKENIZERS: [&str; 4] = ["byte-level", "byte-level-split", "metaspace", "metaspace-legacy"];
-const TEMPLATES: [&str; 7] =
-    ["brackets", "chatml", "chatml-default-system", "headers", "lines", "namespace", "no-system"];
+const TOKENIZERS: [&str; 10] = [
+    "added-tokens",
+    "byte-level",
+    "byte-level-split",
+    "configured",
+    "gemma",
+    "mapped",
+    "metaspace",
+    "metaspace-legacy",
+    "qwen",
+    "unigram",
+];
+const TEMPLATES: [&str; 16] = [
+    "chatml",
+    "gemma-2",
+    "gemma-3",
+    "generation",
+    "llama-2",
+    "llama-3",
+    "llama-3.1",
+    "mistral",
+    "mistral-v0.3",
+    "namespace",
+    "phi-3",
+    "phi-4",
+    "qwen-2",
+    "qwen-2.5",
+    "qwen-3",
+    "zephyr",
+];
 
 fn fixtures(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)
 }
 
 fn json(path: &str) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(fixtures(path)).unwrap()).unwrap()
+}
+
+/// JSON whose objects keep their order.
+fn ordered(path: &str) -> minijinja::Value {
     serde_json::from_str(&std::fs::read_to_string(fixtures(path)).unwrap()).unwrap()
 }
 
@@ -34,6 +66,10 @@ fn ids(value: &Value) -> Vec<TokenId> {
 
 fn plain(tokenizer: &Arc<Tokenizer>) -> PromptFormat {
     PromptFormat::new(Arc::clone(tokenizer), None, UserTemplate::new("{{ query }}").unwrap())
+}
+
+fn template_source(name: &str) -> String {
+    std::fs::read_to_string(fixtures(&format!("chat/{name}.jinja"))).unwrap()
 }
 
 fn chat_template(source: &str) -> ChatTemplate {
@@ -77,19 +113,52 @@ fn text_becomes_the_tokens_of_transformers_and_back() {
     }
 }
 
+/// Whether all of the tokenizer's control tokens are special ones.
+fn special_only(tokenizer: &Tokenizer) -> bool {
+    let probes = ["[LEFT]", "<think>"];
+    probes.iter().all(|probe| tokenizer.count(probe).unwrap() > 1)
+}
+
 #[test]
 fn text_of_a_user_is_plain_text_whatever_it_says() {
     for name in TOKENIZERS {
         let tokenizer = tokenizer(name);
         let format = plain(&tokenizer);
-        let prefix = tokenizer.encode("", true).unwrap();
+        let (prefix, suffix) = match (name, tokenizer.encode("", true).unwrap()) {
+            ("unigram", suffix) => (Vec::new(), suffix),
+            (_, prefix) => (prefix, Vec::new()),
+        };
         for case in json(&format!("tokenizers/{name}/expected.json"))["cases"].as_array().unwrap() {
             let text = case["text"].as_str().unwrap();
             let prompt = format.render(None, text).unwrap();
-            let expected = [prefix.clone(), ids(&case["ids_as_plain_text"])].concat();
-            assert_eq!(prompt.token_ids, expected, "{name}: {text:?}");
+            // In transformers, added tokens that aren't special are recognised all the same.
+            if special_only(&tokenizer) {
+                let plain = ids(&case["ids_as_plain_text"]);
+                let expected = [&prefix[..], &plain, &suffix].concat();
+                assert_eq!(prompt.token_ids, expected, "{name}: {text:?}");
+            }
             assert_eq!(prompt.text, text);
         }
+    }
+}
+
+#[test]
+fn chat_templates_know_the_special_tokens() {
+    let source = "{% for name in ['bos', 'eos', 'pad', 'mask', 'image'] %}{{ name }}={{ \
+                  {'bos': bos_token, 'eos': eos_token, 'pad': pad_token, 'mask': mask_token, \
+                  'image': image_token}[name] }};{% endfor %}";
+    for name in ["configured", "mapped", "unigram"] {
+        let folder = model(&[("chat_template.jinja", source)]);
+        let files = fixtures(&format!("tokenizers/{name}"));
+        for file in std::fs::read_dir(files).unwrap().map(|entry| entry.unwrap()) {
+            std::fs::copy(file.path(), folder.path().join(file.file_name())).unwrap();
+        }
+        let expected = &json(&format!("tokenizers/{name}/expected.json"))["special_tokens"];
+        let token = |role: &str| expected[format!("{role}_token")].as_str().unwrap_or_default();
+        let line = |role: &str| format!("{role}={};", token(role));
+        let expected: String = ["bos", "eos", "pad", "mask", "image"].map(line).concat();
+        let template = ChatTemplate::load(folder.path()).unwrap().unwrap();
+        assert_eq!(template.render(&[], false).unwrap(), expected, "{name}");
     }
 }
 
@@ -110,50 +179,67 @@ fn answers_cut_anywhere_decode_as_in_transformers() {
 #[test]
 fn conversations_are_those_of_transformers() {
     let tokenizer = Tokenizer::load(&fixtures("chat")).unwrap();
-    let conversations = json("chat/messages.json");
+    let conversations = ordered("chat/conversations.json");
     for name in TEMPLATES {
-        let file = json(&format!("chat/{name}.json"));
-        let template = chat_template(file["chat_template"].as_str().unwrap());
-        for case in file["cases"].as_array().unwrap() {
+        let template = chat_template(&template_source(name));
+        for case in json(&format!("chat/{name}.json")).as_array().unwrap() {
             let key = case["messages"].as_str().unwrap();
-            let messages: Vec<Message<'_>> = conversations[key]
-                .as_array()
-                .unwrap()
-                .iter()
-                .map(|message| Message {
-                    role: message["role"].as_str().unwrap(),
-                    content: message["content"].as_str().unwrap(),
-                })
-                .collect();
-            let rendered = template.render(&messages, case["add_generation_prompt"] == true);
+            let mut variables = conversations.get_attr(key).unwrap();
+            if variables.kind() == ValueKind::Seq {
+                variables = context! { messages => variables };
+            }
+            let add_generation_prompt = case["add_generation_prompt"] == true;
+            let rendered = template.render_with(context! { add_generation_prompt, ..variables });
             if let Some(error) = case["error"].as_str() {
                 let reason = rendered.unwrap_err().to_string();
                 assert!(reason.contains(error), "{name}, {key}: {reason}");
+                assert!(!reason.contains('\n'), "{name}, {key}: {reason}");
                 continue;
             }
             let text = rendered.unwrap();
             assert_eq!(text, case["text"], "{name}, {key}");
-            assert_eq!(tokenizer.encode(&text, false).unwrap(), ids(&case["ids"]), "{name}, {key}");
+            if !case["ids"].is_null() {
+                let token_ids = tokenizer.encode(&text, false).unwrap();
+                assert_eq!(token_ids, ids(&case["ids"]), "{name}, {key}");
+            }
         }
     }
 }
 
 #[test]
+fn expressions_are_those_of_transformers() {
+    let file = json("chat/expressions.json");
+    let values = ordered("chat/expressions.json").get_attr("values").unwrap();
+    let mut different = Vec::new();
+    for case in file["cases"].as_array().unwrap() {
+        let source = case["source"].as_str().unwrap();
+        let rendered = ChatTemplate::new(source, BTreeMap::new())
+            .and_then(|template| template.render_with(&values));
+        let expected = case["text"].as_str();
+        if rendered.as_deref().ok() != expected {
+            different.push(format!("{source:?}: {rendered:?}, expected {expected:?}"));
+        }
+    }
+    assert!(different.is_empty(), "{}", different.join("\n"));
+}
+
+#[test]
 fn prompts_are_those_of_transformers() {
+    let conversations = json("chat/conversations.json");
     for name in TEMPLATES {
-        let file = json(&format!("chat/{name}.json"));
-        let format = chat(file["chat_template"].as_str().unwrap());
-        let conversations = json("chat/messages.json");
-        for case in file["cases"].as_array().unwrap() {
-            let messages = conversations[case["messages"].as_str().unwrap()].as_array().unwrap();
-            let is_ours = case["add_generation_prompt"] == true && case["error"].is_null();
-            let text = |message: &Value| message["content"].as_str().unwrap().to_owned();
+        let format = chat(&template_source(name));
+        for case in json(&format!("chat/{name}.json")).as_array().unwrap() {
+            let key = case["messages"].as_str().unwrap();
+            let Some(messages) = conversations[key].as_array() else { continue };
+            let text = |message: &Value| message["content"].as_str().map(str::to_owned);
             let (system, user) = match messages.as_slice() {
                 [user] => (None, text(user)),
-                [system, user] if system["role"] == "system" => (Some(text(system)), text(user)),
+                [system, user] if system["role"] == "system" => (text(system), text(user)),
                 _ => continue,
             };
-            if is_ours && case["messages"] != "special-text" {
+            let is_ours = case["add_generation_prompt"] == true && case["error"].is_null();
+            // What looks like a control token is none here.
+            if let Some(user) = user.filter(|_| is_ours && !key.ends_with("-text")) {
                 let prompt = format.render(system.as_deref(), &user).unwrap();
                 assert_eq!(prompt.text, case["text"], "{name}");
                 assert_eq!(prompt.token_ids, ids(&case["ids"]), "{name}: {user:?}");
@@ -164,8 +250,7 @@ fn prompts_are_those_of_transformers() {
 
 #[test]
 fn a_system_prompt_reaches_models_that_know_none() {
-    let file = json("chat/no-system.json");
-    let format = chat(file["chat_template"].as_str().unwrap());
+    let format = chat(&template_source("gemma-2"));
     assert!(!format.chat_template().unwrap().takes_system());
     let prompt = format.render(Some("Be brief."), "Why?").unwrap();
     assert!(prompt.text.contains("<start_of_turn>user\nBe brief.\n\nWhy?<end_of_turn>"));
@@ -190,8 +275,7 @@ fn no_text_of_a_user_becomes_a_control_token() {
         "数<|user|>据",
     ];
     for name in TEMPLATES {
-        let file = json(&format!("chat/{name}.json"));
-        let format = chat(file["chat_template"].as_str().unwrap());
+        let format = chat(&template_source(name));
         let harmless = format.render(Some("system"), "user").unwrap();
         for text in hostile {
             for (system, user) in [("system", text), (text, "user"), (text, text)] {
@@ -235,7 +319,8 @@ fn text_beside_a_broken_up_token_is_tokenised_as_ever() {
 
 #[test]
 fn stop_strings_are_found_across_tokens_and_cut() {
-    for name in TOKENIZERS {
+    // The unigram vocabulary makes blanks of line ends.
+    for name in TOKENIZERS.into_iter().filter(|name| *name != "unigram") {
         let tokenizer = tokenizer(name);
         let token_ids = tokenizer.encode("one 数据 two\n\nthree 🙂 four", false).unwrap();
         for (stop, expected) in [
@@ -263,6 +348,41 @@ fn stop_strings_are_found_across_tokens_and_cut() {
 }
 
 #[test]
+fn stop_strings_of_the_first_tokens_are_passed_over() {
+    for name in TOKENIZERS {
+        let tokenizer = tokenizer(name);
+        // Text may be held back by a word; what is to be passed over is out by then.
+        let early = tokenizer.encode("one two and then", false).unwrap();
+        let late = tokenizer.encode(" three two four", false).unwrap();
+        let min_tokens = early.len() + 1;
+        let stop = vec!["two".to_owned(), "a longer one".to_owned()];
+        let mut detokenizer =
+            Detokenizer::new(Arc::clone(&tokenizer), stop).with_min_tokens(min_tokens);
+        let found: Vec<bool> =
+            early.iter().chain(&late).map(|token| detokenizer.push(*token).unwrap()).collect();
+        assert!(!found[..min_tokens].contains(&true), "{name}: {found:?}");
+        let is_stopped = detokenizer.finish().unwrap() || found.contains(&true);
+        assert!(is_stopped, "{name}");
+        let text = detokenizer.text();
+        assert!(text.starts_with("one two") && text.contains("three"), "{name}: {text}");
+        assert_eq!(text.matches("two").count(), 1, "{name}: {text}");
+    }
+}
+
+#[test]
+fn tokens_have_their_text_as_it_is_inside_of_an_answer() {
+    for name in TOKENIZERS {
+        let tokenizer = tokenizer(name);
+        let token_ids = tokenizer.encode("one two", false).unwrap();
+        let text: String = token_ids.iter().map(|token| tokenizer.token_text(*token)).collect();
+        assert_eq!(text.trim_start(), "one two", "{name}");
+    }
+    let chat = Tokenizer::load(&fixtures("chat")).unwrap();
+    assert_eq!(chat.token_text(1), "</s>");
+    assert_eq!(chat.token_text(1_000_000), "");
+}
+
+#[test]
 fn a_missing_or_broken_tokenizer_is_named() {
     let folder = tempfile::tempdir().unwrap();
     let missing = Tokenizer::load(folder.path()).unwrap_err().to_string();
@@ -273,24 +393,104 @@ fn a_missing_or_broken_tokenizer_is_named() {
 }
 
 #[test]
-fn end_tokens_come_from_all_configuration_files() {
+fn end_tokens_come_from_the_most_particular_file() {
     let folder = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+    let end_tokens =
+        || -> Vec<TokenId> { Tokenizer::load(folder.path()).unwrap().eos_token_ids().collect() };
     std::fs::copy(fixtures("chat/tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
-    write("config.json", r#"{"eos_token_id": 7}"#);
-    write("generation_config.json", r#"{"eos_token_id": [8, 9]}"#);
     write("tokenizer_config.json", r#"{"eos_token": {"content": "</s>"}}"#);
-    let tokenizer = Tokenizer::load(folder.path()).unwrap();
-    assert_eq!(tokenizer.eos_token_ids().collect::<Vec<_>>(), [1, 7, 8, 9]);
+    assert_eq!(end_tokens(), [1]);
+    write("config.json", r#"{"eos_token_id": 7}"#);
+    assert_eq!(end_tokens(), [7]);
+    write("generation_config.json", r#"{"eos_token_id": [9, 8]}"#);
+    assert_eq!(end_tokens(), [8, 9]);
+    write("generation_config.json", r#"{"eos_token_id": null}"#);
+    assert_eq!(end_tokens(), [7]);
+}
+
+#[test]
+fn a_tokenizer_that_must_be_converted_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.model"), "").unwrap();
+    let error = Tokenizer::load(folder.path()).unwrap_err().to_string();
+    assert!(error.contains("no tokenizer.json, only tokenizer.model"), "{error}");
+}
+
+#[test]
+fn ids_outside_of_the_vocabulary_are_left_out() {
+    // Between two bytes, which are no character together.
+    let tokenizer = tokenizer("metaspace");
+    let token_ids = [5, 9_999, 133];
+    assert_eq!(tokenizer.decode(&token_ids).unwrap(), "\u{fffd}\u{fffd}");
+    assert_eq!(streamed(&tokenizer, &token_ids), "\u{fffd}\u{fffd}");
+}
+
+/// A folder with the given files of a model.
+fn model(files: &[(&str, &str)]) -> tempfile::TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, text) in files {
+        let path = folder.path().join(name);
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(path, text).unwrap();
+    }
+    folder
+}
+
+#[test]
+fn chat_templates_are_found_where_transformers_finds_them() {
+    let user = context! { messages => [context! { role => "user", content => "hi" }] };
+    let config = |template: &str| format!(r#"{{"bos_token": "<s>", "chat_template": {template}}}"#);
+    let text = config(r#""config {{ bos_token }}""#);
+    let named = config(
+        r#"[{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]"#,
+    );
+    let cases: [(&[(&str, &str)], &str); 5] = [
+        (&[("tokenizer_config.json", &text)], "config <s>"),
+        (&[("tokenizer_config.json", &named)], "named"),
+        (&[("tokenizer_config.json", &text), ("chat_template.jinja", "file")], "file"),
+        (
+            &[("chat_template.jinja", "file"), ("additional_chat_templates/tool_use.jinja", "no")],
+            "file",
+        ),
+        (&[("chat_template.json", r#"{"chat_template": "processor"}"#)], "processor"),
+    ];
+    for (files, expected) in cases {
+        let folder = model(files);
+        let template = ChatTemplate::load(folder.path()).unwrap().unwrap();
+        assert_eq!(template.render_with(&user).unwrap(), expected);
+    }
+    assert!(ChatTemplate::load(model(&[]).path()).unwrap().is_none());
+}
+
+#[test]
+fn a_chat_template_that_cannot_be_used_is_named_in_one_sentence() {
+    let load = |files: &[(&str, &str)]| ChatTemplate::load(model(files).path());
+    let nameless = r#"{"chat_template": [{"name": "rag", "template": ""}]}"#;
+    let error = load(&[("tokenizer_config.json", nameless)]).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "chat_template in tokenizer_config.json has none named \"default\", only rag"
+    );
+    let error = load(&[("chat_template.jinja", "a\n{% if %}")]).unwrap_err().to_string();
+    assert!(error.contains("(in chat_template.jinja:2)"), "{error}");
+    assert!(!error.contains('\n'), "{error}");
+    let template = load(&[("chat_template.jinja", "\n{{ raise_exception('no turns') }}")]);
+    let error = template.unwrap().unwrap().render(&[], true).unwrap_err().to_string();
+    assert_eq!(error, "the chat template (chat_template.jinja) refuses the prompt: no turns");
+    let template = load(&[("chat_template.jinja", "\n\n{{ messages[0].content.x() }}")]);
+    let error = template.unwrap().unwrap().render(&[], true).unwrap_err().to_string();
+    assert!(error.ends_with("(in chat_template.jinja:3)"), "{error}");
+    assert!(!error.contains('\n'), "{error}");
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
     fn a_stream_of_any_tokens_decodes_as_a_whole(
         which in 0..TOKENIZERS.len(),
-        token_ids in prop::collection::vec(0..330_u32, 0..80),
+        token_ids in prop::collection::vec(0..520_u32, 0..80),
     ) {
         let tokenizer = tokenizer(TOKENIZERS[which]);
         prop_assert_eq!(streamed(&tokenizer, &token_ids), tokenizer.decode(&token_ids).unwrap());

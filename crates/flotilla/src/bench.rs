@@ -4,14 +4,15 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context as _, ensure};
 use serde_json::{Value, json};
-use shared::{Context, Dependencies, JobId, Query, RetrievalMethod};
+use shared::{Context, JobId, Query, RetrievalMethod};
 
-use crate::cli::{self, BenchCommand, BenchOptions};
+use crate::cli::{BenchCommand, BenchOptions, ModelPath};
+use crate::hub::Need;
 use crate::statistics::Statistics;
 use crate::telemetry;
 
@@ -28,11 +29,13 @@ const MIB: f64 = (1 << 20) as f64;
 pub(crate) fn main(options: &BenchOptions) -> anyhow::Result<ExitCode> {
     let report = match &options.what {
         None => {
-            let mut report = run(DEFAULT_QUERIES, None)?;
+            let mut report = run(DEFAULT_QUERIES, &ModelPath::shipped()?)?;
             report.extend(memory(&DEFAULT_MEMORY_QUERIES)?);
             report
         }
-        Some(BenchCommand::Run { queries, model_path }) => run(*queries, model_path.as_ref())?,
+        Some(BenchCommand::Run { queries, model_path }) => {
+            run(*queries, &model_path.find(Need::Model)?)?
+        }
         Some(BenchCommand::Memory { queries }) => memory(queries)?,
         Some(BenchCommand::Retrieval { documents, queries }) => retrieval(*documents, *queries)?,
         Some(BenchCommand::Queue(options)) => queue::main(options)?,
@@ -45,7 +48,7 @@ pub(crate) fn main(options: &BenchOptions) -> anyhow::Result<ExitCode> {
 type Report = serde_json::Map<String, Value>;
 
 /// Greedy answers to questions about made-up documentation.
-fn run(queries: u64, model_path: Option<&PathBuf>) -> anyhow::Result<Report> {
+fn run(queries: u64, model_path: &Path) -> anyhow::Result<Report> {
     let statistics = flotilla_run(write_contexts, queries, (64, model_path))?;
     let mut report = Report::new();
     report.insert("queries".into(), json!(queries));
@@ -60,9 +63,10 @@ fn run(queries: u64, model_path: Option<&PathBuf>) -> anyhow::Result<Report> {
 /// Peak memory against the number of queries: short ones with short answers, since only their number
 /// counts.
 fn memory(sizes: &[u64]) -> anyhow::Result<Report> {
+    let model_path = ModelPath::shipped()?;
     let mut rows = Vec::new();
     for &queries in sizes {
-        let statistics = flotilla_run(write_questions, queries, (1, None))?;
+        let statistics = flotilla_run(write_questions, queries, (1, &model_path))?;
         rows.push(json!({
             "queries": queries,
             "peak_memory_bytes": statistics.peak_memory_bytes,
@@ -88,7 +92,7 @@ type WriteInput = fn(&Path, u64) -> std::io::Result<()>;
 fn flotilla_run(
     write_input: WriteInput,
     queries: u64,
-    (max_new_tokens, model_path): (u32, Option<&PathBuf>),
+    (max_new_tokens, model_path): (u32, &Path),
 ) -> anyhow::Result<Statistics> {
     let dir = tempfile::tempdir().context("cannot make a temporary folder")?;
     let [contexts, results, statistics] =
@@ -106,7 +110,7 @@ fn flotilla_run(
         .arg("--statistics-file")
         .arg(&statistics)
         .arg("--model-path")
-        .arg(cli::model_path(model_path)?)
+        .arg(model_path)
         .stdout(Stdio::null())
         .status()
         .context("cannot run this program again")?;
@@ -122,12 +126,8 @@ fn flotilla_run(
 fn write_questions(path: &Path, queries: u64) -> std::io::Result<()> {
     let mut file = BufWriter::new(File::create(path)?);
     for number in 0..queries {
-        let query = Query {
-            id: JobId(format!("bench-{number}")),
-            query: format!("What is number {number}?"),
-            target_api: None,
-            dependencies: Dependencies::new(),
-        };
+        let id = JobId(format!("bench-{number}"));
+        let query = Query::new(id, format!("What is number {number}?"));
         serde_json::to_writer(&mut file, &Context::empty(query))?;
         file.write_all(b"\n")?;
     }
@@ -156,10 +156,8 @@ fn write_contexts(path: &Path, queries: u64) -> std::io::Result<()> {
              {noun}, in the order of their groups."
         );
         let query = Query {
-            id: JobId(format!("bench-{number}")),
-            query: format!("What does {api} do?"),
-            target_api: Some(api),
-            dependencies: Dependencies::new(),
+            target_api: Some(api.clone()),
+            ..Query::new(JobId(format!("bench-{number}")), format!("What does {api} do?"))
         };
         let context = Context {
             retrieval_method: RetrievalMethod::ExactApiMatch,

@@ -2,17 +2,21 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::str::FromStr;
 
-use anyhow::{Context, bail, ensure};
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use engine::EngineConfig;
+use engine::{EngineConfig, KvCacheDtype, Precision};
 use producer::{RetrievalConfig, SourceConfig};
-use shared::Generation;
+
+use crate::hub::{HubOptions, Need};
 
 pub(crate) mod fleet;
+mod generation;
+mod model_path;
 
-/// The model that ships with flotilla.
-const SHIPPED_MODEL: &str = "models/flotilla-reader";
+pub(crate) use generation::GenerationOptions;
+pub(crate) use model_path::ModelPath;
 
 /// Answers files of queries with local models, each query exactly once.
 #[derive(Debug, Parser)]
@@ -34,32 +38,59 @@ pub(crate) enum Command {
     /// 130 interrupted.
     Run(Box<RunOptions>),
     /// Retrieve a context for each query and write them to a file, without running a model.
+    ///
+    /// Exit codes as of `run`.
     Contexts(Box<ContextsOptions>),
     /// Turn queries into jobs on the queue, from a file, stdin, a growing file or HTTP.
     ///
-    /// The same command run again adds nothing twice: the output gets one line for each id. Exit codes
-    /// as of `run`.
+    /// The same command run again adds nothing twice: what has its line is left out where a collector
+    /// of the run is running, and the output gets one line for each id in any case. An id that is queued
+    /// already keeps the question it came with. Exit codes: 0 all published, 1 failed, 2 wrong usage,
+    /// 3 published but some input could not be read, 130 interrupted before the end of the input;
+    /// --follow and --listen end by Ctrl-C, with 0 or 3.
     Produce(Box<fleet::ProduceOptions>),
     /// Answer jobs of the queue on this machine, until SIGTERM or Ctrl-C.
     ///
     /// A machine joins the fleet with this command and leaves it at any time: its jobs go to the
-    /// others.
+    /// others. Exit codes: 0 ended as told, 1 failed, 2 wrong usage, 130 interrupted twice.
     Work(Box<fleet::WorkOptions>),
     /// Write the answers of a run to its output, each exactly once, until SIGTERM or Ctrl-C.
     ///
-    /// A second collector of the same output waits until the first is gone, and takes over.
+    /// A second collector of the same output waits until the first is gone, and takes over; one of the
+    /// same run with another output is refused while the first runs. Exit codes: 0 ended as told,
+    /// 1 failed, or lines are missing at the end of the run, 2 wrong usage; with --until-done also 3
+    /// when some jobs failed, and 130 interrupted before.
     Collect(Box<fleet::CollectOptions>),
     /// Show what the fleet is doing: runs, and workers.
+    ///
+    /// PUBLISHED counts jobs and input that failed before it became one; QUEUED are jobs that wait,
+    /// IN FLIGHT those that workers hold, UNWRITTEN answers on their way to the output. DONE are the
+    /// output's lines, those with FAILED among them; DEAD are failed jobs that `flotilla retry` can put
+    /// back. A STATE of "lines missing" says that nothing is left to do and the output lacks lines all
+    /// the same. Exit codes: 0 shown, 1 no server or no such run, 2 wrong usage.
     Status(Box<fleet::StatusOptions>),
     /// Put the failed jobs of a run back to the queue, and take their lines out of the output.
     ///
     /// The lines are kept in `<output>.retried.jsonl`. The run's collector must be running, or
-    /// --output-file given.
+    /// --output-file given. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     Retry(Box<fleet::RetryOptions>),
-    /// Publish those queries again that are neither in the output nor among the failed jobs.
+    /// Publish those queries again that have no line in the output.
     ///
-    /// For a queue that lost what it had stored: after a power failure, or a wiped disk.
+    /// For a queue that lost what it had stored: after a power failure, or a wiped disk. Failed jobs
+    /// have their line and stay failed; one whose line was lost is published again, like any other. Exit codes as of `produce`.
     Reconcile(Box<fleet::ReconcileOptions>),
+    /// Say what models are: architecture, size, memory at each precision, how many sequences fit into
+    /// this machine's free memory; or why one can't be loaded.
+    ///
+    /// Nothing is loaded: configuration and headers say it all. Exit codes: 0 all can be loaded, 1 at
+    /// least one can't.
+    Models(ModelsOptions),
+    /// Drop what is queued of a run, for ever: its jobs wait for a model that nobody has, or it was a
+    /// mistake.
+    ///
+    /// What is written stays, and what workers hold may still get its line. Its producers must have ended.
+    /// Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    Cancel(fleet::CancelOptions),
     /// Measure flotilla on this machine.
     Bench(BenchOptions),
 }
@@ -104,25 +135,25 @@ pub(crate) struct ContextsOptions {
     /// JSONL file to write the contexts to; replaced if it exists.
     #[arg(long, value_name = "FILE")]
     pub(crate) output_file: PathBuf,
-    /// Folder of the model whose tokenizer counts the tokens for --max-tokens [default: the
-    /// shipped model].
-    #[arg(long, env = "FLOTILLA_MODEL_PATH", value_name = "DIR")]
-    pub(crate) model_path: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) model_path: ModelPath,
 }
 
 /// Which model runs, and how.
 #[derive(Args, Clone, Debug)]
 pub(crate) struct ModelOptions {
-    /// Folder with the model: config.json, safetensors, tokenizer.json [default: the shipped
-    /// model].
-    #[arg(long, env = "FLOTILLA_MODEL_PATH", value_name = "DIR")]
-    pub(crate) model_path: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) model_path: ModelPath,
     /// Where inference runs.
     #[arg(long, value_enum, default_value_t = InferenceType::Local)]
     pub(crate) inference_type: InferenceType,
-    /// Precision to compute in. The CPU computes in fp32 whatever is asked for.
-    #[arg(long, value_enum, default_value_t = Precision::Fp32)]
-    pub(crate) precision: Precision,
+    /// How weights are kept in memory: fp32, fp16, bf16, or quantised while loading to q8_0, q6_k or
+    /// q4_k. The arithmetic is fp32 [default: as the checkpoint stores them].
+    #[arg(long, value_name = "NAME", value_parser = named(&Precision::ALL, Precision::name))]
+    pub(crate) precision: Option<Precision>,
+    /// How the KV cache keeps keys and values.
+    #[arg(long, value_name = "NAME", default_value_t = EngineConfig::default().kv_cache_dtype, value_parser = named(&KvCacheDtype::ALL, KvCacheDtype::name))]
+    pub(crate) kv_cache_dtype: KvCacheDtype,
     /// Most sequences that a worker computes at once.
     #[arg(long, visible_alias = "batch-size", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs)]
     pub(crate) max_num_seqs: usize,
@@ -159,45 +190,17 @@ pub(crate) enum InferenceType {
     Local,
 }
 
-/// Precision of weights and arithmetic.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Precision {
-    /// 32-bit floating point.
-    Fp32,
-    /// 16-bit floating point.
-    Fp16,
-    /// 16-bit floating point with the range of 32.
-    Bf16,
-}
-
-/// How answers are generated.
-#[derive(Args, Clone, Debug)]
-pub(crate) struct GenerationOptions {
-    /// Most tokens of an answer.
-    #[arg(long, value_name = "N", default_value_t = 512, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
-    pub(crate) max_new_tokens: u32,
-    /// Sampling temperature; 0 takes the most likely token.
-    #[arg(long, value_name = "T", default_value_t = 0.2, allow_negative_numbers = true, value_parser = parse_temperature)]
-    pub(crate) temperature: f32,
-    /// Sample among the most likely tokens whose probabilities add up to this.
-    #[arg(long, value_name = "P", default_value_t = 0.95, allow_negative_numbers = true, value_parser = parse_top_p)]
-    pub(crate) top_p: f32,
-    /// Sample among this many most likely tokens; 0 for all.
-    #[arg(long, value_name = "K", default_value_t = 0)]
-    pub(crate) top_k: u32,
-    /// Text that ends an answer and is not part of it; may be given several times.
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub(crate) stop: Vec<String>,
-    /// Seed of the run; each job's own comes from it and the job's id.
-    #[arg(long, default_value_t = 0)]
-    pub(crate) seed: u64,
-    /// System prompt.
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
-    pub(crate) system_prompt: Option<String>,
-    /// Jinja template of the user message, with `context`, `query`, `id`, `target_api` and
-    /// `dependencies`. Its text can't be control tokens: those come from the model's chat template.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) prompt_template: Option<PathBuf>,
+/// Options of `flotilla models`.
+#[derive(Args, Debug)]
+pub(crate) struct ModelsOptions {
+    /// Models as --model-path of `run` takes them: folders, GGUF files, ORG/NAME at the Hub.
+    #[arg(required = true, value_name = "MODEL")]
+    pub(crate) models: Vec<String>,
+    /// Print a line of JSON for each.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) hub: HubOptions,
 }
 
 /// Options of `flotilla bench`.
@@ -218,9 +221,8 @@ pub(crate) enum BenchCommand {
         /// Queries to answer.
         #[arg(long, default_value_t = 500)]
         queries: u64,
-        /// Folder with the model [default: the shipped model].
-        #[arg(long, env = "FLOTILLA_MODEL_PATH", value_name = "DIR")]
-        model_path: Option<PathBuf>,
+        #[command(flatten)]
+        model_path: ModelPath,
     },
     /// Peak memory of a run, for several numbers of queries.
     Memory {
@@ -245,7 +247,7 @@ pub(crate) enum BenchCommand {
 #[derive(Args, Clone, Debug)]
 pub(crate) struct QueueBench {
     /// Jobs of about 1 KB.
-    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    #[arg(long, value_name = "N", default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) jobs: u64,
     /// Worker processes.
     #[arg(long, value_name = "N", default_value_t = 2)]
@@ -270,47 +272,22 @@ impl ModelOptions {
         if self.api_key.is_some() || self.api_model_name.is_some() {
             tracing::warn!("--api-key and --api-model-name have no effect on local inference");
         }
-        if self.precision != Precision::Fp32 {
-            tracing::warn!("the CPU computes in fp32, whatever --precision says");
-        }
         let InferenceType::Local = self.inference_type;
         let defaults = EngineConfig::default();
         let threads = self.threads.unwrap_or(defaults.threads).div_ceil(workers.max(1) as usize);
         let config = EngineConfig {
-            model_path: model_path(self.model_path.as_ref())?,
+            model_path: self.model_path.find(Need::Model)?,
             max_num_seqs: self.max_num_seqs,
             max_num_batched_tokens: self.max_num_batched_tokens,
             max_model_len: self.max_model_len,
             kv_cache_memory_bytes: self.kv_cache_memory.map(|mib| mib << 20),
             threads,
             enable_prefix_caching: !self.no_prefix_caching,
+            precision: self.precision,
+            kv_cache_dtype: self.kv_cache_dtype,
         };
         config.validate().map_err(|error| Usage(error.to_string()))?;
         Ok(config)
-    }
-}
-
-impl GenerationOptions {
-    /// What every job is told; the seed is the run's.
-    pub(crate) fn generation(&self) -> Generation {
-        Generation {
-            max_new_tokens: self.max_new_tokens,
-            temperature: self.temperature,
-            top_p: self.top_p,
-            top_k: self.top_k,
-            stop: self.stop.clone(),
-            seed: self.seed,
-        }
-    }
-
-    /// The text of the prompt template, checked.
-    pub(crate) fn template(&self) -> anyhow::Result<Option<String>> {
-        let Some(path) = &self.prompt_template else { return Ok(None) };
-        let source = std::fs::read_to_string(path)
-            .with_context(|| format!("cannot read the prompt template {}", path.display()))?;
-        engine::UserTemplate::new(&source)
-            .with_context(|| format!("the prompt template {} is wrong", path.display()))?;
-        Ok(Some(source))
     }
 }
 
@@ -318,31 +295,6 @@ impl GenerationOptions {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Usage(pub(crate) String);
-
-/// The folder of the model: the one given, or the shipped one, looked for in this folder and in
-/// those above the program.
-pub(crate) fn model_path(given: Option<&PathBuf>) -> anyhow::Result<PathBuf> {
-    if let Some(path) = given {
-        ensure!(
-            path.join("config.json").is_file(),
-            "{} is not a model: expected a folder with config.json, model.safetensors and \
-             tokenizer.json",
-            path.display()
-        );
-        return Ok(path.clone());
-    }
-    let program = std::env::current_exe().unwrap_or_default();
-    let candidates = std::iter::once(PathBuf::new()).chain(program.ancestors().map(PathBuf::from));
-    for folder in candidates {
-        let path = folder.join(SHIPPED_MODEL);
-        if path.join("config.json").is_file() {
-            return Ok(path);
-        }
-    }
-    bail!(
-        "the shipped model {SHIPPED_MODEL} is neither here nor beside the program; give --model-path"
-    );
-}
 
 /// Options whose value may begin with a hyphen, and is left as it is.
 const TEXT_OPTIONS: [&str; 2] = ["--stop", "--system-prompt"];
@@ -366,18 +318,18 @@ pub(crate) fn hyphenated(args: impl Iterator<Item = OsString>) -> Vec<OsString> 
     .collect()
 }
 
-fn parse_temperature(text: &str) -> Result<f32, String> {
-    match text.parse() {
-        Ok(value) if f32::is_finite(value) && value >= 0.0 => Ok(value),
-        _ => Err("expected a number of at least 0".to_owned()),
-    }
-}
-
-fn parse_top_p(text: &str) -> Result<f32, String> {
-    match text.parse() {
-        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
-        _ => Err("expected a number above 0 and at most 1".to_owned()),
-    }
+/// Takes one of these names, which the help lists.
+fn named<T>(all: &'static [T], name: fn(T) -> &'static str) -> impl TypedValueParser<Value = T>
+where
+    T: Clone
+        + Copy
+        + FromStr<Err: std::error::Error + Send + Sync + 'static>
+        + Send
+        + Sync
+        + 'static,
+{
+    let names = all.iter().map(move |item| name(*item));
+    PossibleValuesParser::new(names).try_map(|text| text.parse::<T>())
 }
 
 #[cfg(test)]

@@ -20,15 +20,20 @@ use crate::{FAILED, FINISHED_WITH_FAILURES, INTERRUPTED, fleet, signals, telemet
 
 mod all;
 mod control;
+mod elsewhere;
 mod forgotten;
+mod known;
 mod one;
 mod page;
 mod tally;
+mod uncollected;
 mod until_done;
 
+pub(crate) use elsewhere::holder;
 pub(crate) use one::Collected;
 use one::One;
 pub(crate) use tally::Tallies;
+pub(crate) use uncollected::Uncollected;
 
 /// Runs `flotilla collect`.
 pub(crate) fn main(options: &CollectOptions) -> anyhow::Result<ExitCode> {
@@ -40,6 +45,7 @@ async fn collect(options: &CollectOptions) -> anyhow::Result<ExitCode> {
     let Some(fleet) = fleet::connect_unless(&interruption, &options.nats).await? else {
         return Ok(ExitCode::SUCCESS);
     };
+    let health = Health::default();
     let roles = Roles {
         fleet: fleet.with_lease(options.lease),
         redis_url: options.redis.redis_url.clone(),
@@ -49,13 +55,12 @@ async fn collect(options: &CollectOptions) -> anyhow::Result<ExitCode> {
         abort_at: options.abort_at,
         shutdown: interruption,
         tallies: Tallies::default(),
+        // One that waits to take over is as well as one that writes.
+        uncollected: Uncollected::new(health.clone()),
     };
-    let health = Health::default();
-    // One that waits to take over is as well as one that writes.
-    health.set(true);
     let page = {
-        let (fleet, tallies) = (roles.fleet.clone(), roles.tallies.clone());
-        move || page::page(fleet.clone(), tallies.clone())
+        let roles = roles.clone();
+        move || page::page(roles.clone())
     };
     observe::serve(options.metrics.metrics_addr, health, page).await?;
     match (&options.output_dir, &options.output_file) {
@@ -90,34 +95,41 @@ pub(crate) struct Roles {
     pub(crate) abort_at: Option<Step>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) tallies: Tallies,
+    pub(crate) uncollected: Uncollected,
 }
 
 impl Roles {
     /// Collects one run until its end; `None` if that came before the output was this process' own.
+    /// A run that another collector writes to another output is refused.
     pub(crate) async fn collect(
         &self,
         run: RunId,
         output_file: PathBuf,
     ) -> anyhow::Result<Option<Collected>> {
+        let other = elsewhere::of_another_output(&self.fleet, &run, &output_file).await;
+        if let Some(other) = &other {
+            elsewhere::refuse_if_live(other, &output_file)?;
+        }
         let lock = if self.wait { Lock::Wait(self.shutdown.clone()) } else { Lock::Refuse };
         let output = match Output::open(&output_file, lock).await {
             Err(collector::Error::Interrupted { .. }) => return Ok(None),
             opened => opened?,
         };
-        let one = One { roles: self.clone(), run: run.clone(), output_file };
+        let holder = elsewhere::holder(&output_file);
+        let one = One { roles: self.clone(), run: run.clone(), output_file, other };
         let Some(url) = &self.redis_url else {
             return one.run(output, MemoryDedup::default()).await;
         };
         tokio::select! {
-            dedup = redis(url, &run) => one.run(output, dedup?).await,
+            dedup = redis(url, &run, holder) => one.run(output, dedup?).await,
             () = self.shutdown.cancelled() => Ok(None),
         }
     }
 }
 
-/// The index in Redis.
-pub(crate) async fn redis(url: &str, run: &RunId) -> anyhow::Result<RedisDedup> {
-    let config = RedisConfig::new(url);
+/// The index in Redis, claimed as `holder`.
+pub(crate) async fn redis(url: &str, run: &RunId, holder: String) -> anyhow::Result<RedisDedup> {
+    let config = RedisConfig { holder, ..RedisConfig::new(url) };
     RedisDedup::connect(&config, run).await.context("cannot use the Redis server")
 }
 
@@ -131,8 +143,9 @@ async fn collect_one(
     let Some(collected) = roles.collect(run, output_file.clone()).await? else {
         return Ok(ExitCode::SUCCESS);
     };
-    let Collected { report, elapsed, lines, failed } = collected;
-    telemetry::print(&report.statistics(elapsed).to_string()).context("cannot write to stdout")?;
+    let Collected { report, elapsed, lines, failed, missing } = collected;
+    telemetry::print(&report.overall_statistics(elapsed).to_string())
+        .context("cannot write to stdout")?;
     if let Some(path) = statistics_file {
         Statistics::of(&report, elapsed).write(path)?;
     }
@@ -140,6 +153,7 @@ async fn collect_one(
     tracing::info!("{path} has {lines} lines, {failed} of them failed");
     Ok(match (roles.until_done, roles.shutdown.is_cancelled()) {
         (true, true) => ExitCode::from(INTERRUPTED),
+        (true, false) if missing > 0 => ExitCode::from(FAILED),
         (true, false) if failed > 0 => ExitCode::from(FINISHED_WITH_FAILURES),
         // A signal is the usual end of a collector that serves.
         _ => ExitCode::SUCCESS,

@@ -12,10 +12,11 @@ use producer::{BadInput, Retriever};
 use rustix::fs::{FlockOperation, flock};
 use shared::{Context, RetrievalMethod};
 
-use crate::cli::{self, ContextsOptions, Usage};
+use crate::cli::{ContextsOptions, Usage};
 use crate::files::{self, suffixed};
+use crate::hub::Need;
 use crate::rejects::Rejects;
-use crate::{FINISHED_WITH_FAILURES, telemetry};
+use crate::{FINISHED_WITH_FAILURES, produce, telemetry};
 
 /// Between two lines that tell how far it is.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(10);
@@ -29,10 +30,10 @@ pub(crate) fn main(options: &ContextsOptions) -> anyhow::Result<ExitCode> {
         return Err(Usage(text.to_owned()).into());
     }
     files::check(options.source.file()?.0, &options.output_file)?;
-    let tokenizer = cli::model_path(options.model_path.as_ref())?.join("tokenizer.json");
+    let tokenizer = produce::tokenizer_json(&options.model_path.find(Need::Tokenizer)?)?;
     let mut sink = Sink::create(&options.output_file)?;
     let retriever = Retriever::open(&options.retrieval, Some(&tokenizer))?;
-    let contexts = producer::contexts(&options.source, Some(Arc::new(retriever)), |_id| false)?;
+    let contexts = producer::contexts(&options.source, Some(Arc::new(retriever)))?;
     let mut rejects = Rejects::beside(&options.output_file)?;
     let started = Instant::now();
     let mut told = started;

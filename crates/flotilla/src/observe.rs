@@ -5,8 +5,7 @@
 
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -27,14 +26,24 @@ const PAGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// What Prometheus calls its text format.
 const CONTENT_TYPE: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// Whether the role is up: written by the role, read by /healthz.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Health(Arc<AtomicBool>);
+/// Whether the role does all of its work: written by the role, read by /healthz.
+#[derive(Clone, Debug)]
+pub(crate) struct Health(Arc<Mutex<Result<(), String>>>);
+
+impl Default for Health {
+    fn default() -> Self {
+        Self(Arc::new(Mutex::new(Err("starting".to_owned()))))
+    }
+}
 
 impl Health {
-    /// From now on, the role is up or isn't.
-    pub(crate) fn set(&self, up: bool) {
-        self.0.store(up, Ordering::Relaxed);
+    /// From now on, the role does its work, or for this reason doesn't.
+    pub(crate) fn set(&self, health: Result<(), String>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = health;
+    }
+
+    fn get(&self) -> Result<(), String> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
@@ -75,10 +84,9 @@ fn page(page: Option<Page>) -> Response {
     }
 }
 
-async fn is_up(State(health): State<Health>) -> (StatusCode, &'static str) {
-    if health.0.load(Ordering::Relaxed) {
-        (StatusCode::OK, "ok\n")
-    } else {
-        (StatusCode::SERVICE_UNAVAILABLE, "starting\n")
+async fn is_up(State(health): State<Health>) -> (StatusCode, String) {
+    match health.get() {
+        Ok(()) => (StatusCode::OK, "ok\n".to_owned()),
+        Err(reason) => (StatusCode::SERVICE_UNAVAILABLE, reason + "\n"),
     }
 }

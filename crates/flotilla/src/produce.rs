@@ -1,34 +1,43 @@
 //! `flotilla produce`: queries become jobs on the queue, from a file, stdin, a growing file or HTTP.
 //!
-//! Nothing of it is kept here. What a crash leaves unpublished, the same command publishes; what it
-//! publishes a second time, the queue or the collector drops.
+//! Nothing of it is kept here. What a crash leaves unpublished, the same command publishes; what has its
+//! line it leaves out, and what it publishes a second time, the queue or the collector drops.
 
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 
+use anyhow::Context as _;
+use engine::ModelFiles;
 use producer::{
-    BadInput, JobTemplate, ListenConfig, Published, Publisher, RetrievalConfig, Retriever,
-    SourceConfig, Stats,
+    BadInput, Contexts, JobTemplate, ListenConfig, Published, Publisher, RetrievalConfig,
+    Retriever, SourceConfig, Stats,
 };
 use shared::queue::nats::{Fleet, NatsQueue};
-use shared::{Context, Job, JobId, RunId, Settled};
+use shared::status::unix_now;
+use shared::{Job, RunId, Settled};
 use tokio_util::sync::CancellationToken;
 
+use crate::cli::GenerationOptions;
+use crate::cli::Usage;
 use crate::cli::fleet::ProduceOptions;
-use crate::cli::{self, GenerationOptions};
+use crate::hub::Need;
 use crate::observe::{self, Health, queues};
 use crate::rejects::Rejects;
-use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, files, fleet, signals};
+use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, files, fleet, heartbeat, signals};
 
+mod asking;
 mod listening;
 mod said;
 
-pub(crate) use said::Said;
+use asking::{Asking, Manner};
+pub(crate) use said::{Said, about, input_name};
 
 /// Runs `flotilla produce`.
 pub(crate) fn main(options: &ProduceOptions) -> anyhow::Result<ExitCode> {
-    options.retrieval.validate()?;
+    let jobs = &options.jobs;
+    jobs.retrieval.validate()?;
     options.follow.idle_timeout()?;
     let listen = options.listen.map(|addr| ListenConfig::new(addr, options.token.clone()));
     if let Some(listen) = &listen {
@@ -36,14 +45,19 @@ pub(crate) fn main(options: &ProduceOptions) -> anyhow::Result<ExitCode> {
     }
     let input = match listen {
         Some(_) => None,
-        None => Some(options.source.file()?.0),
+        None if jobs.source.queries_file.is_none() && jobs.source.contexts_file.is_none() => {
+            let text = "expected --queries-file, --contexts-file or --listen, given none of them";
+            return Err(Usage(text.to_owned()).into());
+        }
+        None => Some(jobs.source.file()?.0),
     };
-    let run = fleet::run_id(&options.run, input)?;
+    let run = fleet::run_id(&jobs.run, input)?;
     if let Some(input) = input.filter(|_| !options.follow.follow) {
         files::check_input(input)?;
     }
-    let template = template(run, &options.generation)?;
-    let retriever = retriever(&options.retrieval, &options.source, options.model_path.as_ref())?;
+    let template = template(run, &jobs.generation)?;
+    let model = || jobs.model_path.find(Need::Tokenizer);
+    let retriever = retriever(&jobs.retrieval, &jobs.source, model)?;
     match listen {
         Some(config) => fleet::block_on(listening::listen(options, config, template, retriever)),
         None => fleet::block_on(produce(options, template, retriever)),
@@ -56,7 +70,7 @@ pub(crate) fn template(run: RunId, generation: &GenerationOptions) -> anyhow::Re
         run,
         prompt_template: generation.template()?,
         system_prompt: generation.system_prompt.clone(),
-        generation: generation.generation(),
+        generation: generation.generation()?,
     })
 }
 
@@ -64,13 +78,20 @@ pub(crate) fn template(run: RunId, generation: &GenerationOptions) -> anyhow::Re
 pub(crate) fn retriever(
     retrieval: &RetrievalConfig,
     source: &SourceConfig,
-    model_path: Option<&PathBuf>,
+    model_path: impl FnOnce() -> anyhow::Result<PathBuf>,
 ) -> anyhow::Result<Option<Arc<Retriever>>> {
     if retrieval.corpus_path.is_none() || source.contexts_file.is_some() {
         return Ok(None);
     }
-    let tokenizer = cli::model_path(model_path)?.join("tokenizer.json");
+    let model =
+        model_path().context("--max-tokens of a context are counted with a model's tokenizer")?;
+    let tokenizer = tokenizer_json(&model)?;
     Ok(Some(Arc::new(Retriever::open(retrieval, Some(&tokenizer))?)))
+}
+
+/// The text of a model's tokenizer.
+pub(crate) fn tokenizer_json(model_path: &Path) -> anyhow::Result<String> {
+    Ok(ModelFiles::open(model_path)?.required("tokenizer.json")?)
 }
 
 /// The contexts of the input, as they come.
@@ -78,14 +99,12 @@ fn contexts(
     options: &ProduceOptions,
     retriever: Option<Arc<Retriever>>,
     shutdown: &CancellationToken,
-) -> anyhow::Result<Box<dyn Iterator<Item = Result<Context, BadInput>> + Send>> {
-    let all = |_: &JobId| false;
+) -> Result<Contexts, producer::Error> {
     if options.follow.follow {
-        let followed =
-            producer::follow(&options.source, &options.follow, retriever, all, shutdown)?;
-        return Ok(Box::new(followed));
+        producer::follow(&options.jobs.source, &options.follow, retriever, shutdown)
+    } else {
+        producer::contexts(&options.jobs.source, retriever)
     }
-    Ok(Box::new(producer::contexts(&options.source, retriever, all)?))
 }
 
 /// A producer's publishes, counted.
@@ -97,7 +116,7 @@ fn publisher(
     template: JobTemplate,
     stats: &Arc<Stats>,
 ) -> FleetPublisher {
-    let queues = (fleet.jobs(&options.model.model), fleet.outcomes(None));
+    let queues = (fleet.jobs(&options.jobs.model.model), fleet.outcomes(None));
     Publisher::new(template, queues).with_window(options.window).with_stats(Arc::clone(stats))
 }
 
@@ -111,22 +130,32 @@ async fn produce(
     let Some((fleet, stats)) = start(options, &interruption).await? else {
         return Ok(ExitCode::from(INTERRUPTED));
     };
-    let said = Said::start(&fleet, &template.run, &options.model.model, &stats);
+    let input = input_name(&options.jobs.source)?;
+    let about = about(&template.run, &options.jobs.model.model, input);
+    let said = Said::start(&fleet, about, &stats);
     if !options.follow.follow {
-        said.count(options.source.clone());
+        said.count(options.jobs.source.clone());
     }
     let mut rejects = rejects(options)?;
+    let contexts = contexts.leaving_out(Asking::new(&fleet, &template.run, Manner::INPUT, &stats));
     let publisher = publisher(options, &fleet, template, &stats);
     let mut report = |bad: &BadInput| rejects.add(bad);
     let published = producer::publish(contexts, &publisher, &interruption, &mut report).await;
-    rejects.finish()?;
+    let rejected_file = rejects.finish()?;
     let is_finished = published.is_ok() && !interruption.is_cancelled();
     said.end(is_finished).await;
     let published = published?;
-    tell(&published);
+    tell(&published, &stats, rejected_file.as_deref());
     Ok(if interruption.is_cancelled() {
-        tracing::warn!("interrupted; the same command publishes the rest");
-        ExitCode::from(INTERRUPTED)
+        if options.follow.follow {
+            // A file that is followed has no other end; what it still holds is not published, so the
+            // run stays open.
+            tracing::info!("no longer following; the same command goes on where this one stopped");
+            exit_code(&published)
+        } else {
+            tracing::warn!("interrupted; the same command publishes the rest");
+            ExitCode::from(INTERRUPTED)
+        }
     } else {
         exit_code(&published)
     })
@@ -140,9 +169,10 @@ async fn start(
     let Some(fleet) = fleet::connect_unless(interruption, &options.nats).await? else {
         return Ok(None);
     };
+    warn_without_worker(&fleet, &options.jobs.model.model).await;
     let stats = Arc::<Stats>::default();
     let health = Health::default();
-    health.set(true);
+    health.set(Ok(()));
     let page = {
         let (fleet, stats) = (fleet.clone(), Arc::clone(&stats));
         move || {
@@ -158,18 +188,48 @@ async fn start(
     Ok(Some((fleet, stats)))
 }
 
+/// Says that the jobs will wait, where no worker has their model.
+async fn warn_without_worker(fleet: &Fleet, model: &str) {
+    let now = unix_now();
+    // Only words: what can't be seen is not told.
+    let Ok(Ok(workers)) = tokio::time::timeout(heartbeat::TIMEOUT, fleet.workers()).await else {
+        return;
+    };
+    let models: BTreeSet<&str> =
+        workers.iter().filter(|w| !w.is_silent(now)).map(|w| w.model.as_str()).collect();
+    if models.is_empty() {
+        tracing::warn!("no worker runs yet: the jobs wait for one with the model '{model}'");
+    } else if !models.contains(model) {
+        let models = models.into_iter().collect::<Vec<_>>().join(", ");
+        tracing::warn!(
+            "no worker has the model '{model}': the jobs wait for one; there are workers of: {models}"
+        );
+    }
+}
+
 /// The report of input that can have no line.
 fn rejects(options: &ProduceOptions) -> anyhow::Result<Rejects> {
-    match (&options.rejected_file, options.source.file()) {
+    match (&options.rejected_file, options.jobs.source.file()) {
         (Some(path), _) => Rejects::at(path.clone()),
-        (None, Ok((file, _))) if file.is_file() => Rejects::beside(file),
+        // The input's folder may be one that only others write.
+        (None, Ok((file, _))) if file.is_file() => Rejects::beside(file).or_else(|error| {
+            tracing::warn!("{error:#}; what is rejected is told here, or in --rejected-file");
+            Ok(Rejects::shown())
+        }),
         _ => Ok(Rejects::shown()),
     }
 }
 
-fn tell(published: &Published) {
-    let Published { jobs, failed, rejected } = published;
-    tracing::info!("{jobs} jobs published, {failed} failed, {rejected} rejected");
+/// Says what became of the input, and where the rest of it is.
+fn tell(published: &Published, stats: &Stats, rejected_file: Option<&Path>) {
+    let Published { jobs, repeated, failed, rejected } = published;
+    let answered = stats.snapshot().answered;
+    let place = rejected_file.map(|file| format!(": see {}", file.display())).unwrap_or_default();
+    let queued = if *repeated > 0 { format!(", {repeated} already queued") } else { String::new() };
+    tracing::info!(
+        "{jobs} jobs published{queued}, {answered} already answered, {failed} failed, {rejected} \
+         rejected{place}"
+    );
 }
 
 fn exit_code(published: &Published) -> ExitCode {

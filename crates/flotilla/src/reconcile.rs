@@ -1,10 +1,16 @@
-//! `flotilla reconcile`: publishes the queries again that are neither in the output nor among the dead
-//! letters. For what no setting of a server can mend: a store that lost what it had confirmed.
+//! `flotilla reconcile`: publishes the queries again that have no line in the output. For what no setting
+//! of a server can mend: a store that lost what it had confirmed.
 //!
 //! It cannot see which queries are still queued, so it refuses while anything of the run is, unless
 //! forced: what is queued and published again is computed twice and written once.
+//!
+//! A failed job has its line like any other, and stays as it is. If that line was lost, its dead letter
+//! may still be there; it is deleted once the job is published again. Which line was lost is known for
+//! sure: an outcome is stored before its dead letter, so with the letters read first, then no outcome
+//! found on its way, the output read last has the line or nobody has. With --force outcomes may be on
+//! their way, and dead letters stay: `flotilla retry` needs them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -16,23 +22,26 @@ use anyhow::{Context as _, bail};
 use futures_util::StreamExt;
 use producer::{BadInput, JobTemplate, Publisher, Retriever};
 use serde::Deserialize;
-use shared::queue::nats::{Fleet, NatsQueue};
-use shared::status::{Role, RunStatus, unix_now};
-use shared::{IdDigest, Job, JobId, Message, Publishing, Queue, QueueError, RunId};
+use shared::queue::nats::{Fleet, FleetError, NatsQueue};
+use shared::status::{RunStatus, unix_now};
+use shared::{IdDigest, Job, JobId, Message, Publishing, Queue, QueueError, RunId, Stored};
 
 use crate::cli::fleet::ReconcileOptions;
+use crate::hub::Need;
+use crate::producers::{self, Producers};
 use crate::rejects::Rejects;
 use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, files, fleet, produce, signals, telemetry};
 
 /// Runs `flotilla reconcile`.
 pub(crate) fn main(options: &ReconcileOptions) -> anyhow::Result<ExitCode> {
-    options.retrieval.validate()?;
-    let (input, _) = options.source.file()?;
-    let run = fleet::run_id(&options.run, Some(&options.output_file))?;
+    let jobs = &options.jobs;
+    jobs.retrieval.validate()?;
+    let (input, _) = jobs.source.file()?;
+    let run = fleet::run_id(&jobs.run, Some(&options.output_file))?;
     files::check(input, &options.output_file)?;
-    let template = produce::template(run, &options.generation)?;
-    let retriever =
-        produce::retriever(&options.retrieval, &options.source, options.model_path.as_ref())?;
+    let template = produce::template(run, &jobs.generation)?;
+    let model = || jobs.model_path.find(Need::Tokenizer);
+    let retriever = produce::retriever(&jobs.retrieval, &jobs.source, model)?;
     fleet::block_on(reconcile(options, template, retriever))
 }
 
@@ -42,40 +51,44 @@ async fn reconcile(
     retriever: Option<Arc<Retriever>>,
 ) -> anyhow::Result<ExitCode> {
     let interruption = signals::interruption()?;
-    let Some(fleet) = fleet::connect_unless(&interruption, &options.nats).await? else {
-        return Ok(ExitCode::from(INTERRUPTED));
+    let fleet = tokio::select! {
+        fleet = fleet::connect_soon(&options.nats) => fleet?,
+        () = interruption.cancelled() => return Ok(ExitCode::from(INTERRUPTED)),
     };
+    let model = &options.jobs.model.model;
+    let letters =
+        if options.force { HashMap::new() } else { dead_letters(&fleet, &template.run).await? };
     check_queues(&fleet, &template.run, options.force).await?;
+    if !options.output_file.exists() {
+        tracing::warn!(
+            "there is no {}: if that is a slip and not a loss, everything is computed again",
+            options.output_file.display()
+        );
+    }
     // The output last: what leaves the queues is in it.
-    let mut known = dead(&fleet, &template.run).await?;
-    let num_dead = known.len();
-    let num_lines = read_output(&options.output_file, &mut known)?;
-    let skip = move |id: &JobId| known.contains(&id.digest());
-    let contexts = producer::contexts(&options.source, retriever, skip)?;
-    let again = Again { fleet: fleet.clone(), model: options.model.model.clone() };
-    let run = template.run.clone();
+    let written = read_output(&options.output_file)?;
+    let num_lines = written.len() as u64;
+    let known = move |id: &JobId| written.contains(&id.digest());
+    let contexts = producer::contexts(&options.jobs.source, retriever)?.leaving_out(known);
+    let again = Again { fleet: fleet.clone(), model: model.clone(), letters: Arc::new(letters) };
+    let about = produce::about(&template.run, model, produce::input_name(&options.jobs.source)?);
     let publisher = Publisher::new(template, (again, fleet.outcomes(None)));
     let mut rejects = Rejects::shown();
     let mut report = |bad: &BadInput| rejects.add(bad);
     let published = producer::publish(contexts, &publisher, &interruption, &mut report).await?;
     if !interruption.is_cancelled() {
         let status = RunStatus {
-            run,
-            role: Role::Producer,
-            model: Some(options.model.model.clone()),
             published: num_lines + published.lines(),
             total: Some(num_lines + published.lines()),
             finished: true,
+            ended: true,
             seen_at: unix_now(),
-            started_at: unix_now(),
-            ..RunStatus::default()
+            ..about
         };
-        // What the producer said is lost with the rest, and a collector may wait for it.
-        fleet.put_run(&status).await.context("cannot tell that the run is published")?;
+        tell_published(&fleet, &status).await.context("cannot tell that the run is published")?;
     }
     let text = format!(
-        "{} jobs published again, {} failed; {num_lines} have their line, {num_dead} are dead \
-         letters\n",
+        "{} jobs published again, {} failed; {num_lines} have their line\n",
         published.jobs, published.failed
     );
     telemetry::print(&text).context("cannot write to stdout")?;
@@ -86,6 +99,21 @@ async fn reconcile(
     } else {
         ExitCode::SUCCESS
     })
+}
+
+/// Says that the input is published: what its producer said may be lost with the rest, and a collector
+/// wait for it. One that died elsewhere over a file of this name has nothing left to publish either.
+async fn tell_published(fleet: &Fleet, status: &RunStatus) -> Result<(), FleetError> {
+    fleet.put_run(status).await?;
+    producers::remove_replaced(fleet, status).await?;
+    let name = |status: &RunStatus| Some(Path::new(status.input.as_ref()?).file_name()?.to_owned());
+    let said = fleet.run(&status.run).await?;
+    for gone in Producers::of(&said, &status.run, status.seen_at).gone() {
+        if name(gone) == name(status) {
+            fleet.remove_run(gone).await?;
+        }
+    }
+    Ok(())
 }
 
 async fn check_queues(fleet: &Fleet, run: &RunId, force: bool) -> anyhow::Result<()> {
@@ -108,17 +136,17 @@ async fn check_queues(fleet: &Fleet, run: &RunId, force: bool) -> anyhow::Result
     Ok(())
 }
 
-/// Ids of the run's dead letters.
-async fn dead(fleet: &Fleet, run: &RunId) -> anyhow::Result<HashSet<IdDigest>> {
-    let mut ids = HashSet::new();
+/// Numbers of the run's dead letters, by job.
+async fn dead_letters(fleet: &Fleet, run: &RunId) -> anyhow::Result<HashMap<IdDigest, Vec<u64>>> {
+    let mut numbers: HashMap<IdDigest, Vec<u64>> = HashMap::new();
     let mut letters = std::pin::pin!(fleet.dead_letters(run));
     while let Some(letter) = letters.next().await {
         let letter = letter.context("cannot read the dead letters")?;
         if let Ok(job) = letter.job {
-            ids.insert(job.id().digest());
+            numbers.entry(job.id().digest()).or_default().push(letter.sequence);
         }
     }
-    Ok(ids)
+    Ok(numbers)
 }
 
 /// What makes a line of the output recognisable.
@@ -127,31 +155,29 @@ struct Identified {
     id: JobId,
 }
 
-/// Adds the ids of the output's lines. Its collector may be writing: a last line without its end is
-/// none yet.
-/// How many there are.
-pub(crate) fn read_output(path: &Path, ids: &mut HashSet<IdDigest>) -> anyhow::Result<u64> {
+/// The ids of the output's lines; none without an output. Its collector may be writing: a last line
+/// without its end is none yet.
+pub(crate) fn read_output(path: &Path) -> anyhow::Result<HashSet<IdDigest>> {
+    let mut ids = HashSet::new();
+    let cannot_read = || format!("cannot read {}", path.display());
     let file = match File::open(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-        opened => opened.with_context(|| format!("cannot read {}", path.display()))?,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(ids),
+        opened => opened.with_context(cannot_read)?,
     };
     let mut reader = BufReader::with_capacity(1 << 20, file);
     let mut line = Vec::new();
-    let mut num_lines = 0;
-    loop {
+    for number in 1_u64.. {
         line.clear();
-        reader
-            .read_until(b'\n', &mut line)
-            .with_context(|| format!("cannot read {}", path.display()))?;
+        reader.read_until(b'\n', &mut line).with_context(cannot_read)?;
         if line.last() != Some(&b'\n') {
-            return Ok(num_lines);
+            break;
         }
-        num_lines += 1;
         let Identified { id } = serde_json::from_slice(&line).with_context(|| {
-            format!("{}:{num_lines}: expected a line of flotilla's results", path.display())
+            format!("{}:{number}: expected a line of flotilla's results", path.display())
         })?;
         ids.insert(id.digest());
     }
+    Ok(ids)
 }
 
 /// The jobs queue for what may have been there before: the server would drop it as a repeat.
@@ -159,18 +185,27 @@ pub(crate) fn read_output(path: &Path, ids: &mut HashSet<IdDigest>) -> anyhow::R
 struct Again {
     fleet: Fleet,
     model: String,
+    /// Numbers of the dead letters that published jobs leave behind.
+    letters: Arc<HashMap<IdDigest, Vec<u64>>>,
 }
 
 impl Queue<Job> for Again {
     type Delivery = <NatsQueue<Job> as Queue<Job>>::Delivery;
 
-    async fn publish(&self, job: Job) -> Result<(), QueueError> {
+    async fn publish(&self, job: Job) -> Result<Stored, QueueError> {
         tracing::debug!(message_id = job.message_id(), "published again");
-        self.fleet.republish(&self.model, job).await
+        let id = job.id().digest();
+        self.fleet.republish(&self.model, job).await?;
+        for number in self.letters.get(&id).into_iter().flatten() {
+            if let Err(error) = self.fleet.delete_dead_letter(*number).await {
+                tracing::warn!(%error, "a dead letter stays; retry would have its job computed again");
+            }
+        }
+        Ok(Stored::New)
     }
 
     async fn try_publish(&self, job: Job) -> Result<Publishing, QueueError> {
-        self.publish(job).await.map(|()| Publishing::Stored)
+        self.publish(job).await.map(|_| Publishing::Stored)
     }
 
     async fn pull(&self, max: usize, wait: Duration) -> Result<Vec<Self::Delivery>, QueueError> {

@@ -1,7 +1,7 @@
 //! The report of input that can have no line in the output: it has no usable id.
 
 use std::fs::File;
-use std::io::{ErrorKind, Write};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::Context;
@@ -43,12 +43,11 @@ impl Rejects {
 
     /// An empty report at `path`, in place of an earlier run's.
     pub(crate) fn at(path: PathBuf) -> anyhow::Result<Self> {
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("cannot replace {}", path.display()))
-            }
-            _ => Ok(Self { path: Some(path), ..Self::shown() }),
-        }
+        // Made once, to see now and not in the middle of the work that it can be.
+        let cleared = File::create(&path).and_then(|_| std::fs::remove_file(&path));
+        cleared
+            .with_context(|| format!("cannot write the rejected input to {}", path.display()))?;
+        Ok(Self { path: Some(path), ..Self::shown() })
     }
 
     /// A report on stderr alone.
@@ -86,14 +85,15 @@ impl Rejects {
         file.write_all(&line)
     }
 
-    /// Puts the report on disk.
-    pub(crate) fn finish(self) -> anyhow::Result<()> {
-        let synced = match (self.failure, self.file) {
+    /// Puts the report on disk; where it is, if there was anything to report.
+    pub(crate) fn finish(self) -> anyhow::Result<Option<PathBuf>> {
+        let synced = match (self.failure, &self.file) {
             (Some(error), _) => Err(error),
             (None, Some(file)) => file.sync_all(),
-            (None, None) => Ok(()),
+            (None, None) => return Ok(None),
         };
         let path = self.path.unwrap_or_default();
-        synced.with_context(|| format!("cannot write {}", path.display()))
+        synced.with_context(|| format!("cannot write {}", path.display()))?;
+        Ok(Some(path))
     }
 }

@@ -10,6 +10,9 @@
 //! - between (2) and (3), or in (3): the same command publishes them a second time; they are computed
 //!   twice and written once.
 //!
+//! A line of bad input has no dead letter, since it never was a job: --input-failures takes such lines
+//! out, and the corrected input is published like any other.
+//!
 //! (1) waits until no outcome of the run is on its way: a failed line that is written after it would
 //! keep the new answer out.
 
@@ -50,14 +53,49 @@ struct Done {
     removed: u64,
     /// Dead letters that hold no job.
     unreadable: u64,
+    /// Failed lines of bad input that stay.
+    bad_input: u64,
+}
+
+impl Done {
+    fn text(&self) -> String {
+        let mut text = format!(
+            "{} jobs put back, {} failed lines taken out of the output\n",
+            self.retried, self.removed
+        );
+        if self.bad_input > 0 {
+            text += &format!(
+                "{} failed lines are of bad input, which no job can be put back for: take them out \
+                 with --input-failures, then run flotilla produce with the corrected input\n",
+                self.bad_input
+            );
+        }
+        text
+    }
 }
 
 async fn retry(options: &RetryOptions) -> anyhow::Result<ExitCode> {
     let interruption = signals::interruption()?;
     let retrying = async {
-        let fleet = fleet::connect(&options.nats).await?;
-        let lines = Lines::of(options).await?;
-        put_back(options, &fleet, lines).await
+        let fleet = fleet::connect_soon(&options.nats).await?;
+        // An output outlives what is known of its run.
+        if options.output_file.is_none() {
+            fleet::check_run(&fleet, &options.run).await?;
+        }
+        let mut lines = Lines::of(options).await?;
+        if options.input_failures {
+            let removed = lines.bad_input(&fleet, options, true).await?;
+            return anyhow::Ok(Done { removed, ..Done::default() });
+        }
+        let done = put_back(options, &fleet, &mut lines).await?;
+        let bad_input = match lines.bad_input(&fleet, options, false).await {
+            Ok(count) => count,
+            Err(error) => {
+                tracing::debug!("cannot count the lines of bad input: {error:#}");
+                0
+            }
+        };
+        Ok(Done { bad_input, ..done })
     };
     let done = tokio::select! {
         done = retrying => done?,
@@ -66,11 +104,7 @@ async fn retry(options: &RetryOptions) -> anyhow::Result<ExitCode> {
     if done.unreadable > 0 {
         tracing::warn!("{} dead letters of the run hold no job and stay", done.unreadable);
     }
-    let text = format!(
-        "{} jobs put back, {} failed lines taken out of the output\n",
-        done.retried, done.removed
-    );
-    telemetry::print(&text).context("cannot write to stdout")?;
+    telemetry::print(&done.text()).context("cannot write to stdout")?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -81,7 +115,11 @@ struct Letter {
     job: Job,
 }
 
-async fn put_back(options: &RetryOptions, fleet: &Fleet, mut lines: Lines) -> anyhow::Result<Done> {
+async fn put_back(
+    options: &RetryOptions,
+    fleet: &Fleet,
+    lines: &mut Lines,
+) -> anyhow::Result<Done> {
     let mut done = Done::default();
     let mut wanted: HashSet<&str> = options.id.iter().map(String::as_str).collect();
     let is_selective = !wanted.is_empty();
@@ -147,10 +185,37 @@ impl Lines {
         let output = Output::open(path, Lock::Refuse).await?;
         Ok(match &options.redis.redis_url {
             Some(url) => {
-                let dedup = collect::redis(url, &options.run).await?;
+                let dedup = collect::redis(url, &options.run, collect::holder(path)).await?;
                 Self::Redis(Box::new(Collector::open(output, dedup).await?))
             }
             None => Self::Memory(Box::new(Collector::open(output, MemoryDedup::default()).await?)),
+        })
+    }
+
+    fn outcomes_timeout(&self) -> Duration {
+        match self {
+            Self::Asked => OUTCOMES_TIMEOUT,
+            // Nobody else writes them, so there is nothing to wait for.
+            Self::Redis(_) | Self::Memory(_) => Duration::ZERO,
+        }
+    }
+
+    /// How many failed lines there are of bad input, or were until they were taken out.
+    async fn bad_input(
+        &mut self,
+        fleet: &Fleet,
+        options: &RetryOptions,
+        remove: bool,
+    ) -> anyhow::Result<u64> {
+        if remove {
+            wait_for_outcomes(fleet, &options.run, self.outcomes_timeout()).await?;
+        }
+        let ids: Vec<JobId> = options.id.iter().cloned().map(JobId).collect();
+        let digests = ids.iter().map(JobId::digest).collect();
+        Ok(match self {
+            Self::Redis(collector) => collector.handle_bad_input(&digests, remove).await?,
+            Self::Memory(collector) => collector.handle_bad_input(&digests, remove).await?,
+            Self::Asked => ask(fleet, &options.run, &Request::BadInput { ids, remove }).await?,
         })
     }
 
@@ -159,12 +224,7 @@ impl Lines {
         let Some(run) = batch.first().map(|letter| &letter.job.run) else { return Ok(0) };
         let ids = || batch.iter().map(|letter| letter.job.id());
         let digests = || ids().map(JobId::digest).collect::<HashSet<IdDigest>>();
-        let timeout = match self {
-            Self::Asked => OUTCOMES_TIMEOUT,
-            // Nobody else writes them, so there is nothing to wait for.
-            Self::Redis(_) | Self::Memory(_) => Duration::ZERO,
-        };
-        wait_for_outcomes(fleet, run, timeout).await?;
+        wait_for_outcomes(fleet, run, self.outcomes_timeout()).await?;
         Ok(match self {
             Self::Redis(collector) => collector.remove_failed(&digests()).await?,
             Self::Memory(collector) => collector.remove_failed(&digests()).await?,
@@ -176,10 +236,10 @@ impl Lines {
     }
 }
 
-/// Asks the run's collector to take failed lines out.
+/// Asks the run's collector about failed lines; how many they are.
 async fn ask(fleet: &Fleet, run: &RunId, request: &Request) -> anyhow::Result<u64> {
     match fleet.request_control(run, request, CONTROL_TIMEOUT).await {
-        Ok(Reply::Removed(removed)) => Ok(removed),
+        Ok(Reply::Removed(lines) | Reply::Found(lines)) => Ok(lines),
         Ok(Reply::Refused(reason)) => bail!("the collector refused: {reason}"),
         Err(error) => Err(error).context(
             "the failed lines are still in the output; start a collector of the run, or give \

@@ -8,14 +8,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use collector::{Answered, Collector, End, Lock, MemoryDedup, Output};
 use engine::EngineConfig;
 use gpu_worker::{Device, EngineBackend, Stats};
 use producer::{BadInput, JobTemplate, Published, Publisher, Retriever};
 use shared::{Context, Job, JobId, MemoryQueue, RunId, Settled};
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::{RunOptions, Usage};
@@ -23,7 +22,8 @@ use crate::files;
 use crate::progress::Progress;
 use crate::rejects::Rejects;
 use crate::statistics::Statistics;
-use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, signals, telemetry};
+use crate::work::{self, Workers};
+use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, produce, signals, telemetry};
 
 mod with_servers;
 
@@ -52,7 +52,7 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
         run: RunId(run_name(&options.output_file)),
         prompt_template: options.generation.template()?,
         system_prompt: options.generation.system_prompt.clone(),
-        generation: options.generation.generation(),
+        generation: options.generation.generation()?,
     };
     options.retrieval.validate()?;
     files::check(input, &options.output_file)?;
@@ -90,7 +90,7 @@ fn contexts(
 ) -> anyhow::Result<impl Iterator<Item = Result<Context, BadInput>> + Send + use<>> {
     let retriever = match &options.retrieval.corpus_path {
         Some(_) if options.source.contexts_file.is_none() => {
-            let tokenizer = engine.model_path.join("tokenizer.json");
+            let tokenizer = produce::tokenizer_json(&engine.model_path)?;
             Some(Arc::new(Retriever::open(&options.retrieval, Some(&tokenizer))?))
         }
         _ => None,
@@ -100,8 +100,8 @@ fn contexts(
         let lines = answered.len();
         tracing::info!("{lines} lines are already in {}", options.output_file.display());
     }
-    let skip = move |id: &JobId| answered.contains(id);
-    Ok(producer::contexts(&options.source, retriever, skip)?)
+    let known = move |id: &JobId| answered.contains(id);
+    Ok(producer::contexts(&options.source, retriever)?.leaving_out(known))
 }
 
 /// What a run came to.
@@ -185,15 +185,13 @@ async fn answer_all(
     Ok(Done { published: published?, interrupted: interruption.is_cancelled() })
 }
 
-type Workers = JoinSet<Result<(), gpu_worker::Error>>;
-
 fn start_workers(
     options: &RunOptions,
     engine: &EngineConfig,
     queues: &Queues,
     shutdown: &CancellationToken,
 ) -> Workers {
-    let mut workers = JoinSet::new();
+    let mut workers = Workers::new();
     for rank in 0..options.workers {
         let config = gpu_worker::Config {
             rank,
@@ -245,16 +243,10 @@ async fn supervise(
                 continue;
             }
         };
-        let error = match joined {
-            None => break,
-            Some(Ok(Ok(()))) => continue,
-            Some(Ok(Err(error))) => anyhow::Error::new(error),
-            Some(Err(panic)) => anyhow!("a worker panicked: {panic}"),
-        };
-        if !workers.is_empty() {
-            tracing::error!("a worker cannot go on, {} are left: {error:#}", workers.len());
+        let Some(ended) = joined else { break };
+        if let Err(error) = work::note_end(ended, workers.len()) {
+            first_error.get_or_insert(error);
         }
-        first_error.get_or_insert(error);
     }
     let finished = shutdown.is_cancelled();
     shutdown.cancel();

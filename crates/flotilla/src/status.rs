@@ -3,12 +3,12 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use shared::queue::nats::Fleet;
 use shared::status::unix_now;
 
 use crate::cli::fleet::StatusOptions;
-use crate::{fleet, signals, telemetry};
+use crate::{fleet, heartbeat, signals, telemetry};
 
 mod table;
 mod view;
@@ -20,6 +20,9 @@ const CLEAR: &str = "\x1b[2J\x1b[H";
 /// Longest time that one look may take.
 const LOOK_TIMEOUT: Duration = Duration::from_secs(30);
 
+/// How much later than usual a role's next words may come.
+const SLACK: Duration = Duration::from_millis(500);
+
 /// Runs `flotilla status`.
 pub(crate) fn main(options: &StatusOptions) -> anyhow::Result<ExitCode> {
     fleet::block_on(status(options))
@@ -27,7 +30,7 @@ pub(crate) fn main(options: &StatusOptions) -> anyhow::Result<ExitCode> {
 
 async fn status(options: &StatusOptions) -> anyhow::Result<ExitCode> {
     let interruption = signals::interruption()?;
-    let connecting = fleet::connect(&options.nats);
+    let connecting = fleet::connect_soon(&options.nats);
     let fleet = tokio::select! {
         fleet = connecting => fleet?,
         () = interruption.cancelled() => return Ok(ExitCode::from(crate::INTERRUPTED)),
@@ -60,11 +63,23 @@ async fn status(options: &StatusOptions) -> anyhow::Result<ExitCode> {
 
 /// One look, as text to print.
 async fn look(fleet: &Fleet, options: &StatusOptions) -> anyhow::Result<String> {
-    let gathered = tokio::time::timeout(LOOK_TIMEOUT, gather(fleet))
-        .await
-        .context("the NATS server did not answer in time")??;
-    let view = View::of(&gathered, options.run.as_ref());
+    let mut view = View::of(&gather_in_time(fleet).await?, options.run.as_ref());
+    if view.runs.iter().any(|run| run.missing > 0 && run.is_collected) {
+        // What left the queue just now is in the collector's next words.
+        tokio::time::sleep(heartbeat::INTERVAL + SLACK).await;
+        view = View::of(&gather_in_time(fleet).await?, options.run.as_ref());
+    }
+    if let (Some(run), true) = (&options.run, view.runs.is_empty() && options.watch.is_none()) {
+        let all = View::of(&gather_in_time(fleet).await?, None);
+        bail!("{}", fleet::unknown_run(run, all.runs.iter().map(|run| run.run.as_str())));
+    }
     Ok(if options.json { serde_json::to_string(&view)? + "\n" } else { table::table(&view) })
+}
+
+async fn gather_in_time(fleet: &Fleet) -> anyhow::Result<Gathered> {
+    tokio::time::timeout(LOOK_TIMEOUT, gather(fleet))
+        .await
+        .context("the NATS server did not answer in time")?
 }
 
 async fn gather(fleet: &Fleet) -> anyhow::Result<Gathered> {

@@ -38,6 +38,11 @@ pub(crate) fn complain(text: &str) {
     drop(writeln!(Stderr, "error: {text}"));
 }
 
+/// Says on stderr what may help.
+pub(crate) fn hint(text: &str) {
+    drop(writeln!(Stderr, "\nhint: {text}"));
+}
+
 /// Writes result text to stdout, ignoring a reader that went away.
 pub(crate) fn print(text: &str) -> io::Result<()> {
     match io::stdout().write_all(text.as_bytes()) {

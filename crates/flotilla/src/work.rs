@@ -11,7 +11,7 @@ use anyhow::anyhow;
 use engine::EngineConfig;
 use gpu_worker::{Backend, Device, EngineBackend, Noop, Stats};
 use shared::queue::nats::Fleet;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::fleet::{BackendName, WorkOptions};
@@ -148,7 +148,7 @@ impl Worker {
         let (rank, health) = (self.rank, self.health);
         let ready = |model: &str| {
             tracing::info!(worker = rank, name, model, "worker is ready");
-            health.set(true);
+            health.set(Ok(()));
         };
         let done =
             gpu_worker::run(config, backend, queues, (self.stats, self.shutdown), ready).await;
@@ -157,6 +157,22 @@ impl Worker {
         drop(beating.await);
         done
     }
+}
+
+/// What a worker's end means where so many are left.
+pub(crate) fn note_end(
+    ended: Result<Result<(), gpu_worker::Error>, JoinError>,
+    num_left: usize,
+) -> anyhow::Result<()> {
+    let error = match ended {
+        Ok(Ok(())) => return Ok(()),
+        Ok(Err(error)) => anyhow::Error::new(error),
+        Err(panic) => anyhow!("a worker panicked: {panic}"),
+    };
+    if num_left > 0 {
+        tracing::error!("a worker cannot go on, {num_left} are left: {error:#}");
+    }
+    Err(error)
 }
 
 /// Waits for all workers to end; the error of the first that could not go on, once none is left.
@@ -177,16 +193,10 @@ pub(crate) async fn supervise(
                 continue;
             }
         };
-        let error = match joined {
-            None => break,
-            Some(Ok(Ok(()))) => continue,
-            Some(Ok(Err(error))) => anyhow::Error::new(error),
-            Some(Err(panic)) => anyhow!("a worker panicked: {panic}"),
-        };
-        if !workers.is_empty() {
-            tracing::error!("a worker cannot go on, {} are left: {error:#}", workers.len());
+        let Some(ended) = joined else { break };
+        if let Err(error) = note_end(ended, workers.len()) {
+            first_error.get_or_insert(error);
         }
-        first_error.get_or_insert(error);
     }
     match first_error {
         Some(error) => Err(error.context("no worker is left")),

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use engine::{
-    Engine, EngineConfig, Finished, PromptFormat, Request, SamplingParams, Stats, StepOutput,
-    TokenId,
+    Engine, EngineConfig, Finished, GenerationConfig, PromptFormat, Request, SamplingParams, Stats,
+    StepOutput, TokenId,
 };
 use tokio::sync::{mpsc, oneshot};
 
@@ -49,6 +49,7 @@ struct Facts {
     max_model_len: usize,
     max_num_seqs: usize,
     format: Arc<PromptFormat>,
+    generation_config: GenerationConfig,
 }
 
 impl EngineThread {
@@ -109,6 +110,11 @@ impl EngineThread {
     /// The model's chat template and tokenizer.
     pub(crate) fn format(&self) -> &Arc<PromptFormat> {
         &self.facts.format
+    }
+
+    /// What the model says about how its answers are generated.
+    pub(crate) fn generation_config(&self) -> &GenerationConfig {
+        &self.facts.generation_config
     }
 
     /// Jobs to hold: all slots and a quarter more, so that the next is there when one ends.
@@ -172,6 +178,7 @@ fn load(
                 max_model_len: engine.max_model_len(),
                 max_num_seqs: engine.max_num_seqs(),
                 format: engine.prompt_format(),
+                generation_config: engine.generation_config().clone(),
             };
             loaded.send(Ok(facts)).ok().map(|()| engine)
         }

@@ -9,6 +9,7 @@
 mod backend;
 mod device;
 mod engine_thread;
+mod generation;
 mod lease;
 mod prompt;
 mod pull;

@@ -29,10 +29,11 @@ pub(crate) struct Rendered {
 pub(crate) fn render(
     format: &PromptFormat,
     job: &Job,
-    (window, step): (usize, &dyn Fn()),
+    (window, max_new_tokens): (usize, usize),
+    step: &dyn Fn(),
 ) -> Result<Rendered, String> {
     let prompt = Prompt { format, job, template: template(format, job)?, step };
-    let room = window - (job.generation.max_new_tokens as usize).min(window / MAX_ANSWER_SHARE);
+    let room = window - max_new_tokens.min(window / MAX_ANSWER_SHARE);
     let context = &job.context.context;
     let max_bytes = room.saturating_mul(MAX_BYTES_PER_TOKEN);
     if job.context.query.len() > max_bytes {

@@ -217,7 +217,7 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
             run: job.run.clone(),
             context,
             model: Some(self.engine.model_name().to_owned()),
-            seed: job.generation.seed,
+            seed: job.seed(),
             worker_rank: self.config.rank,
             attempts,
             inference_time: started.elapsed().as_secs_f64(),
@@ -229,7 +229,7 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
         };
         let stored = self.outcomes.publish(settled(job.context.clone(), outcome)).await;
         let reason = match stored {
-            Ok(()) => return Ok(rejection),
+            Ok(_) => return Ok(rejection),
             Err(QueueError::TooLarge { bytes, limit, .. }) => {
                 format!("its outcome has {bytes} bytes, the queue takes {limit} at most")
             }
@@ -240,7 +240,7 @@ impl<E: Serving, O: Queue<Settled>> Server<E, O> {
             Err(QueueError::TooLarge { .. }) => {
                 tracing::error!(job_id = %job.id(), run = job.run.0, reason, "a job has no line");
             }
-            stored => stored?,
+            stored => drop(stored?),
         }
         Ok(Some(Rejection { kind: FailureKind::TooLarge, reason }))
     }

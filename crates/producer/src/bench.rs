@@ -78,7 +78,7 @@ pub fn retrieval(num_documents: usize, num_queries: usize, dir: &Path) -> Result
 
     let start = Instant::now();
     let (mut num_exact, mut num_bm25) = (0, 0);
-    for context in contexts(&source, Some(Arc::new(retriever)), |_| false)?.flatten() {
+    for context in contexts(&source, Some(Arc::new(retriever)))?.flatten() {
         match context.retrieval_method {
             RetrievalMethod::ExactApiMatch => num_exact += 1,
             RetrievalMethod::RagFallback => num_bm25 += 1,
@@ -134,12 +134,8 @@ fn write_queries(
     for k in 0..num_queries {
         let number = words.below(num_documents.max(1));
         let package = format!("package{}", number % NUM_PACKAGES);
-        let mut query = Query {
-            id: JobId(format!("q{k}")),
-            query: format!("How do I {}?", words.text(WORDS_IN_QUERY)),
-            target_api: None,
-            dependencies: [].into(),
-        };
+        let question = format!("How do I {}?", words.text(WORDS_IN_QUERY));
+        let mut query = Query::new(JobId(format!("q{k}")), question);
         match k % 4 {
             0 => {
                 query.target_api = Some(path(number));

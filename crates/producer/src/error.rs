@@ -20,14 +20,9 @@ pub enum Error {
     /// The directory holds no `<package>/<version>.jsonl`.
     #[error("expected <package>/<version>.jsonl in the corpus {}, found no such file", .0.display())]
     EmptyCorpus(PathBuf),
-    /// The tokenizer's file isn't one.
-    #[error("expected a tokenizer.json, given {}: {reason}", path.display())]
-    Tokenizer {
-        /// The file.
-        path: PathBuf,
-        /// What the tokenizer's reader said.
-        reason: String,
-    },
+    /// The tokenizer's text isn't one.
+    #[error("the model's tokenizer.json is not a tokenizer: {0}")]
+    Tokenizer(String),
     /// The index could not be written or read, the fallbacks included.
     #[error("cannot build the index of the corpus in {}", dir.display())]
     Index {

@@ -11,6 +11,7 @@ mod config;
 pub mod corpus;
 mod error;
 mod index;
+mod known;
 mod lines;
 pub mod listen;
 mod publish;
@@ -22,6 +23,7 @@ mod tokens;
 
 pub use config::{CorpusType, EmbeddingSource, FollowConfig, RetrievalConfig, SourceConfig};
 pub use error::Error;
+pub use known::{Known, MAX_ASKED};
 pub use listen::{ListenConfig, ListenError, Server};
 pub use publish::{JobTemplate, PublishError, Published, Publisher, publish};
 pub use retrieve::Retriever;

@@ -15,20 +15,21 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use shared::{Job, Queue, QueueError, Settled};
+use shared::{Job, JobId, Queue, QueueError, Settled};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use crate::error::Error;
+use crate::known::Known;
 use crate::publish::{Published, Publisher};
 use crate::retrieve::Retriever;
 
 mod body;
 mod request;
 
-use request::Shared;
+use request::{MakeKnown, Shared};
 
 /// Before another try to accept a connection, when there was none to be had.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -121,6 +122,7 @@ pub struct Server {
     config: ListenConfig,
     listener: TcpListener,
     local_addr: SocketAddr,
+    make_known: MakeKnown,
 }
 
 impl Server {
@@ -131,12 +133,18 @@ impl Server {
         let bind = |source| ListenError::Bind { addr, source };
         let listener = TcpListener::bind(addr).await.map_err(bind)?;
         let local_addr = listener.local_addr().map_err(bind)?;
-        Ok(Self { config, listener, local_addr })
+        let make_known: MakeKnown = Box::new(|| Box::new(|_: &JobId| false));
+        Ok(Self { config, listener, local_addr, make_known })
     }
 
     /// The address, with the port that it got.
     pub fn local_addr(&self) -> SocketAddr {
         self.local_addr
+    }
+
+    /// Leaves out what `known` knows: an answer counts it, and it costs nothing else.
+    pub fn leaving_out(self, known: impl Known + Clone + Sync + 'static) -> Self {
+        Self { make_known: Box::new(move || Box::new(known.clone())), ..self }
     }
 
     /// Takes queries until `shutdown`, then finishes the requests in hand.
@@ -148,7 +156,7 @@ impl Server {
         retriever: Option<Arc<Retriever>>,
         shutdown: &CancellationToken,
     ) -> Result<Published, ListenError> {
-        let Self { config, listener, .. } = self;
+        let Self { config, listener, make_known, .. } = self;
         let drain_timeout = config.drain_timeout;
         let accepting = Accepting {
             listener,
@@ -156,7 +164,12 @@ impl Server {
             read_timeout: config.read_timeout,
             end: shutdown.child_token(),
         };
-        let shared = Arc::new(Shared::new(config, publisher, retriever, accepting.end.clone()));
+        let shared = Arc::new(Shared::new(
+            config,
+            publisher,
+            (retriever, make_known),
+            accepting.end.clone(),
+        ));
         let mut connections = JoinSet::new();
         accepting.run(&request::router(Arc::clone(&shared)), &mut connections).await;
         let draining = async { while connections.join_next().await.is_some() {} };

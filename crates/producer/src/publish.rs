@@ -10,7 +10,8 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use shared::{
-    Context, Generation, Job, Outcome, Queue, QueueError, RunId, Settled, WIRE_VERSION, job_seed,
+    Context, Generation, Job, Outcome, Queue, QueueError, RunId, Settled, Stored, WIRE_VERSION,
+    job_seed,
 };
 use tokio::task::JoinError;
 use tokio_util::sync::CancellationToken;
@@ -31,22 +32,30 @@ pub struct JobTemplate {
     pub prompt_template: Option<String>,
     /// System prompt.
     pub system_prompt: Option<String>,
-    /// How to generate; `seed` is the run's, from which each job's own is made.
+    /// How to generate, where a query doesn't say it; `seed` is the run's, from which each job's own
+    /// is made.
     pub generation: Generation,
 }
 
 impl JobTemplate {
     /// The job that asks for an answer to this context.
-    pub fn job(&self, context: Context) -> Job {
-        let seed = job_seed(self.generation.seed, &context.id);
+    pub fn job(&self, mut context: Context) -> Job {
+        let seed = Some(self.seed(&context));
+        let asked = std::mem::take(&mut context.generation);
         Job {
             version: WIRE_VERSION,
             run: self.run.clone(),
             context,
             prompt_template: self.prompt_template.clone(),
             system_prompt: self.system_prompt.clone(),
-            generation: Generation { seed, ..self.generation.clone() },
+            generation: Generation { seed, ..asked.or(&self.generation) },
         }
+    }
+
+    /// The seed that a query asks for, or one made from the run's and its id.
+    fn seed(&self, context: &Context) -> u64 {
+        let run_seed = self.generation.seed.unwrap_or_default();
+        context.generation.seed.unwrap_or_else(|| job_seed(run_seed, &context.id))
     }
 
     /// The outcome of a context that failed, which never becomes a job.
@@ -56,7 +65,7 @@ impl JobTemplate {
         Settled {
             version: WIRE_VERSION,
             run: self.run.clone(),
-            seed: job_seed(self.generation.seed, &context.id),
+            seed: self.seed(&context),
             context,
             model: None,
             worker_rank: 0,
@@ -81,8 +90,10 @@ pub enum PublishError {
 /// What became of the input.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Published {
-    /// Jobs on the queue.
+    /// Jobs put on the queue.
     pub jobs: u64,
+    /// Jobs that the queue had already, from this input or another.
+    pub repeated: u64,
     /// Input that can't become a job, published as failed outcomes.
     pub failed: u64,
     /// Bad input that can have no line, given to the report.
@@ -90,14 +101,15 @@ pub struct Published {
 }
 
 impl Published {
-    /// Lines that the output will gain.
+    /// Lines that the output will have for it.
     pub fn lines(&self) -> u64 {
-        self.jobs + self.failed
+        self.jobs + self.repeated + self.failed
     }
 
     pub(crate) fn add(&mut self, put: Put) {
         match put {
             Put::Job => self.jobs += 1,
+            Put::Repeated => self.repeated += 1,
             Put::Failed => self.failed += 1,
         }
     }
@@ -107,6 +119,8 @@ impl Published {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Put {
     Job,
+    /// As a job, and it was there already.
+    Repeated,
     Failed,
 }
 
@@ -178,6 +192,7 @@ impl<J: Queue<Job>, O: Queue<Settled>> Publisher<J, O> {
         };
         match put {
             Put::Job => self.stats.add_published(),
+            Put::Repeated => self.stats.add_repeated(),
             Put::Failed => self.stats.add_failed(),
         }
         drop(held);
@@ -187,7 +202,8 @@ impl<J: Queue<Job>, O: Queue<Settled>> Publisher<J, O> {
     async fn put_job(&self, context: Context) -> Result<Put, QueueError> {
         let question = without_text(&context);
         match self.jobs.publish(self.template.job(context)).await {
-            Ok(()) => Ok(Put::Job),
+            Ok(Stored::New) => Ok(Put::Job),
+            Ok(Stored::Repeated) => Ok(Put::Repeated),
             Err(QueueError::TooLarge { bytes, limit, .. }) => {
                 let reason = format!(
                     "the job is too large for the queue: expected at most {limit} bytes, given \
@@ -213,7 +229,7 @@ impl<J: Queue<Job>, O: Queue<Settled>> Publisher<J, O> {
             Err(QueueError::TooLarge { .. }) => {
                 self.outcomes.publish(self.template.failed(cut)).await?;
             }
-            published => published?,
+            published => drop(published?),
         }
         Ok(Put::Failed)
     }
@@ -233,6 +249,7 @@ fn without_text(context: &Context) -> Context {
         success: context.success,
         error: context.error.clone(),
         documents: Vec::new(),
+        generation: Generation::default(),
     }
 }
 

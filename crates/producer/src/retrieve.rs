@@ -4,7 +4,6 @@
 //! that order, as much of it as the budget of tokens holds.
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -47,12 +46,12 @@ type Found = (u32, f32);
 impl Retriever {
     /// Opens the index of the configured corpus, building it where there is none.
     ///
-    /// Tokens are counted with the tokenizer of `tokenizer_file` (a model's `tokenizer.json`), or
+    /// Tokens are counted with a model's tokenizer (the text of its `tokenizer.json`), or
     /// estimated at four characters each.
-    pub fn open(config: &RetrievalConfig, tokenizer_file: Option<&Path>) -> Result<Self, Error> {
+    pub fn open(config: &RetrievalConfig, tokenizer: Option<&str>) -> Result<Self, Error> {
         config.validate()?;
-        let counter = match tokenizer_file {
-            Some(file) => TokenCounter::from_file(file)?,
+        let counter = match tokenizer {
+            Some(text) => TokenCounter::from_json(text)?,
             None => TokenCounter::estimate(),
         };
         let index = Index::open(config, &counter)?;

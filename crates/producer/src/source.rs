@@ -6,36 +6,43 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Read;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rayon::prelude::*;
-use shared::{Context, IdTable, JobId, Query};
+use shared::{Context, JobId, Query};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{FollowConfig, SourceConfig};
 use crate::error::Error;
+use crate::known::{Known, MAX_ASKED};
 use crate::retrieve::Retriever;
 
 mod array;
 mod context_line;
 mod fields;
 mod follow;
+mod generation;
 mod input;
 mod query;
 mod records;
+mod seen;
 
 use follow::Follow;
 pub(crate) use input::Division;
 use input::{Input, NO_ARRAY, buffered};
 use records::Records;
+use seen::{Novelty, Seen};
 
 /// Queries looked up at once; fewer where contexts are long.
 const MAX_CHUNK: usize = 128;
-/// Bytes of records read ahead.
-const MAX_CHUNK_BYTES: usize = 4 << 20;
+/// Bytes of records that are asked about at once.
+const MAX_ASKED_BYTES: usize = 1 << 20;
+/// Questions whose answers may be waited for at a time.
+const MAX_QUESTIONS: usize = 4;
 
 /// A record that is no query: where it is, and why.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -90,56 +97,42 @@ const STDIN: &str = "<stdin>";
 
 /// The contexts of a file, in its order; of standard input where the file is called `-`.
 ///
-/// Without a retriever, the contexts of queries are empty; a contexts file needs none. `skip` is
-/// asked once for each id, in the order of the file and before anything is looked up: what it
-/// says yes to costs nothing and doesn't appear, be it a query or a bad record. Nor does an exact
-/// repeat of an earlier query; another query with an id that came before is bad input.
-pub fn contexts<S>(
+/// Without a retriever, the contexts of queries are empty; a contexts file needs none. An exact
+/// repeat of an earlier query doesn't appear; another query with an id that came before is bad input.
+pub fn contexts(
     source: &SourceConfig,
     retriever: Option<Arc<Retriever>>,
-    skip: S,
-) -> Result<Contexts<S>, Error>
-where
-    S: FnMut(&JobId) -> bool,
-{
+) -> Result<Contexts, Error> {
     if source.is_stdin()? {
-        return contexts_from(std::io::stdin(), source, retriever, skip);
+        return contexts_from(std::io::stdin(), source, retriever);
     }
     let (file, _) = source.file()?;
     let input = Input::file(file.clone()).map_err(Error::read(file))?;
-    Contexts::new(input, source, retriever, skip)
+    Contexts::new(input, source, retriever)
 }
 
 /// The contexts of what `reader` reads, as those of a file; standard input in reports.
-pub fn contexts_from<S>(
+pub fn contexts_from(
     reader: impl Read + Send + 'static,
     source: &SourceConfig,
     retriever: Option<Arc<Retriever>>,
-    skip: S,
-) -> Result<Contexts<S>, Error>
-where
-    S: FnMut(&JobId) -> bool,
-{
+) -> Result<Contexts, Error> {
     let input = Input::reader(buffered(reader), STDIN, Division::Lines);
-    Contexts::new(input, source, retriever, skip)
+    Contexts::new(input, source, retriever)
 }
 
 /// The contexts of a file that grows, and of those that follow it under its name, until
 /// `shutdown` or until nothing came for too long. The file need not be there yet.
-pub fn follow<S>(
+pub fn follow(
     source: &SourceConfig,
     config: &FollowConfig,
     retriever: Option<Arc<Retriever>>,
-    skip: S,
     shutdown: &CancellationToken,
-) -> Result<Contexts<S>, Error>
-where
-    S: FnMut(&JobId) -> bool,
-{
+) -> Result<Contexts, Error> {
     let (file, _) = source.file()?;
     check_followed(source)?;
     let follow = Follow::new(file.clone(), config.idle_timeout()?, shutdown.clone());
-    Contexts::new(Input::followed(file.clone(), follow), source, retriever, skip)
+    Contexts::new(Input::followed(file.clone(), follow), source, retriever)
 }
 
 /// Checks what can be known before anything is there to follow.
@@ -171,12 +164,13 @@ pub(crate) fn body_contexts(
     reader: impl Read + Send + 'static,
     division: Division,
     retriever: Option<Arc<Retriever>>,
-) -> Contexts<fn(&JobId) -> bool> {
+    known: Box<dyn Known>,
+) -> Contexts {
     let input = Input::reader(buffered(reader), "<body>", division);
-    Contexts::over(input, false, &SourceConfig::default(), (retriever, |_| false))
+    Contexts { known, ..Contexts::over(input, false, &SourceConfig::default(), retriever) }
 }
 
-/// Queries in the file: what `contexts` gives, repeats and what is skipped included. `None` for
+/// Queries in the file: what `contexts` gives, repeats and what is left out included. `None` for
 /// standard input and pipes, which can be read only once, and where the file can't be read.
 pub fn count(source: &SourceConfig) -> Option<u64> {
     let (file, finished) = source.file().ok()?;
@@ -205,7 +199,7 @@ fn chunk_size(max_tokens: usize) -> usize {
 }
 
 /// Iterator of [`contexts`].
-pub struct Contexts<S> {
+pub struct Contexts {
     input: Input,
     /// Whether the records are contexts already.
     finished: bool,
@@ -215,10 +209,21 @@ pub struct Contexts<S> {
     num_to_take: u64,
     max_chunk: usize,
     retriever: Option<Arc<Retriever>>,
-    skip: S,
+    known: Box<dyn Known>,
+    num_left_out: Arc<AtomicU64>,
     seen: Seen,
+    /// Read, and not yet asked about.
+    read: VecDeque<Pending>,
+    questions: VecDeque<Question>,
+    /// Not known to have their line.
     pending: VecDeque<Pending>,
     ready: VecDeque<Result<Context, BadInput>>,
+}
+
+/// Records, and the answer to which of them have their line: of those that have an id, in their order.
+struct Question {
+    records: Vec<Pending>,
+    answer: oneshot::Receiver<Vec<bool>>,
 }
 
 /// What a record has become before retrieval.
@@ -227,12 +232,14 @@ enum Pending {
     Done(Result<Context, BadInput>),
 }
 
-impl<S: FnMut(&JobId) -> bool> Iterator for Contexts<S> {
+impl Iterator for Contexts {
     type Item = Result<Context, BadInput>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if self.ready.is_empty() {
-            self.read_ahead();
+        while self.ready.is_empty() {
+            if self.pending.is_empty() && !self.find_pending() {
+                return None;
+            }
             let num = self.pending.len().min(self.max_chunk);
             let chunk = self.pending.drain(..num).collect();
             self.ready.extend(look_up(chunk, self.retriever.as_deref()));
@@ -241,22 +248,21 @@ impl<S: FnMut(&JobId) -> bool> Iterator for Contexts<S> {
     }
 }
 
-impl<S: FnMut(&JobId) -> bool> Contexts<S> {
+impl Contexts {
     fn new(
         input: Input,
         source: &SourceConfig,
         retriever: Option<Arc<Retriever>>,
-        skip: S,
     ) -> Result<Self, Error> {
         let (_, finished) = source.file()?;
-        Ok(Self::over(input, finished, source, (retriever, skip)))
+        Ok(Self::over(input, finished, source, retriever))
     }
 
     fn over(
         input: Input,
         finished: bool,
         source: &SourceConfig,
-        (retriever, skip): (Option<Arc<Retriever>>, S),
+        retriever: Option<Arc<Retriever>>,
     ) -> Self {
         Self {
             input,
@@ -268,21 +274,68 @@ impl<S: FnMut(&JobId) -> bool> Contexts<S> {
                 .as_ref()
                 .map_or(MAX_CHUNK, |retriever| chunk_size(retriever.max_tokens())),
             retriever,
-            skip,
+            known: Box::new(|_: &JobId| false),
+            num_left_out: Arc::default(),
             seen: Seen::default(),
+            read: VecDeque::new(),
+            questions: VecDeque::new(),
             pending: VecDeque::new(),
             ready: VecDeque::new(),
         }
     }
 
-    /// Reads records until there is a chunk to look up, or no more to read.
-    fn read_ahead(&mut self) {
+    /// Leaves out what `known` knows: it costs nothing and doesn't appear, be it a query or a bad
+    /// record.
+    pub fn leaving_out(self, known: impl Known + 'static) -> Self {
+        Self { known: Box::new(known), ..self }
+    }
+
+    /// How many are left out so far.
+    pub(crate) fn num_left_out(&self) -> Arc<AtomicU64> {
+        Arc::clone(&self.num_left_out)
+    }
+
+    /// Waits for records that are not known to have their line; false at the end.
+    ///
+    /// The next questions are on their way before an answer is waited for, but never does what was
+    /// read wait for what has not come yet.
+    fn find_pending(&mut self) -> bool {
+        while self.pending.is_empty() {
+            while self.questions.len() < MAX_QUESTIONS {
+                self.read_ahead(self.questions.is_empty());
+                if self.read.is_empty() {
+                    break;
+                }
+                let num = self.read.len().min(MAX_ASKED);
+                let records: Vec<Pending> = self.read.drain(..num).collect();
+                let ids: Vec<&JobId> = records.iter().filter_map(Pending::id).collect();
+                let answer = self.known.ask(&ids);
+                self.questions.push_back(Question { records, answer });
+            }
+            let Some(Question { records, answer }) = self.questions.pop_front() else {
+                return false;
+            };
+            let written = answer.blocking_recv().unwrap_or_default();
+            let mut written = written.into_iter();
+            let num_records = records.len();
+            let is_left =
+                |record: &Pending| record.id().is_none() || !written.next().unwrap_or(false);
+            self.pending.extend(records.into_iter().filter(is_left));
+            let num_left_out = num_records - self.pending.len();
+            self.num_left_out.fetch_add(num_left_out as u64, Ordering::Relaxed);
+        }
+        true
+    }
+
+    /// Reads records until there are enough to ask about, no more to read, or no more that are
+    /// there without waiting; for the first one it waits where it may.
+    fn read_ahead(&mut self, may_wait: bool) {
         let mut num_bytes = 0;
         loop {
-            let waits = !self.pending.is_empty() && !self.input.is_ready();
-            let enough = self.pending.len() >= self.max_chunk
-                || (num_bytes >= MAX_CHUNK_BYTES && !self.pending.is_empty());
-            if enough || waits {
+            let goes_on = self.input.is_ready() || (may_wait && self.read.is_empty());
+            let enough = self.read.len() >= MAX_ASKED
+                || (num_bytes >= MAX_ASKED_BYTES && !self.read.is_empty());
+            if enough || !goes_on {
                 return;
             }
             if self.num_to_take == 0 {
@@ -319,19 +372,18 @@ impl<S: FnMut(&JobId) -> bool> Contexts<S> {
         }
     }
 
-    /// Takes one record's results, unless they are repeats or to be skipped.
+    /// Takes one record's results, unless they are repeats.
     fn add(&mut self, line: u64, results: Vec<Result<Pending, Rejected>>) {
         self.num_to_take -= 1;
         let place = Place { file: &self.input.name, line, index: self.index };
         for result in results {
             let pending = place.locate(result);
-            match self.seen.note(&pending) {
-                Novelty::New if pending.id().is_some_and(&mut self.skip) => {}
-                Novelty::New => self.pending.push_back(pending),
+            match self.seen.note(&pending, &place) {
+                Novelty::New => self.read.push_back(pending),
                 Novelty::Repeat => {}
                 Novelty::Conflict(reason) => {
                     let rejected = Err(Rejected::nameless(reason));
-                    self.pending.push_back(place.locate(rejected));
+                    self.read.push_back(place.locate(rejected));
                 }
             }
         }
@@ -352,62 +404,11 @@ fn read_record(content: Result<&[u8], String>, finished: bool) -> Vec<Result<Pen
 }
 
 impl Pending {
-    /// Hash of what was asked, to tell a repeat from a conflict.
-    fn body(&self) -> u32 {
-        let mut hasher = DefaultHasher::new();
-        match self {
-            Self::Query(query) => {
-                (&query.query, &query.target_api, &query.dependencies).hash(&mut hasher);
-            }
-            Self::Done(Ok(context)) => (&context.query, &context.context).hash(&mut hasher),
-            Self::Done(Err(bad)) => (&bad.query, &bad.reason).hash(&mut hasher),
-        }
-        // Half of it: enough to tell another question under the same id.
-        hasher.finish() as u32
-    }
-
     fn id(&self) -> Option<&JobId> {
         match self {
             Self::Query(query) => Some(&query.id),
             Self::Done(Ok(context)) => Some(&context.id),
             Self::Done(Err(bad)) => bad.id.as_ref(),
-        }
-    }
-}
-
-/// The ids that came so far, each with a hash of what came with it: 20 bytes an id.
-#[derive(Default)]
-struct Seen {
-    bodies: IdTable<u32>,
-    warned: bool,
-}
-
-/// Whether a record is the first of its id.
-enum Novelty {
-    New,
-    Repeat,
-    Conflict(String),
-}
-
-impl Seen {
-    fn note(&mut self, pending: &Pending) -> Novelty {
-        let Some(id) = pending.id() else {
-            return Novelty::New;
-        };
-        let body = pending.body();
-        match self.bodies.insert(id.digest(), body) {
-            None => Novelty::New,
-            Some(earlier) if earlier == body => {
-                if !self.warned {
-                    tracing::warn!(job_id = %id, "a query comes twice; repeats are left out");
-                    self.warned = true;
-                }
-                Novelty::Repeat
-            }
-            Some(_) => {
-                let reason = format!("id '{id}' already belongs to another query above");
-                Novelty::Conflict(reason)
-            }
         }
     }
 }

@@ -11,8 +11,10 @@ use std::time::Duration;
 #[derive(Debug, Default)]
 pub struct Stats {
     published: AtomicU64,
+    repeated: AtomicU64,
     failed: AtomicU64,
     rejected: AtomicU64,
+    answered: AtomicU64,
     waiting: AtomicU64,
     retrievals: AtomicU64,
     retrieval_micros: AtomicU64,
@@ -23,10 +25,14 @@ pub struct Stats {
 pub struct Snapshot {
     /// Jobs that the queue confirmed.
     pub published: u64,
+    /// Jobs that the queue had already: nothing was added.
+    pub repeated: u64,
     /// Failed outcomes that the queue confirmed: input that never became a job.
     pub failed: u64,
     /// Bad input that can have no line.
     pub rejected: u64,
+    /// Input left out since a collector said that it has its line.
+    pub answered: u64,
     /// Publishes begun and not yet confirmed.
     pub waiting: u64,
     /// Queries that a context was looked up for.
@@ -41,8 +47,10 @@ impl Stats {
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Snapshot {
             published: read(&self.published),
+            repeated: read(&self.repeated),
             failed: read(&self.failed),
             rejected: read(&self.rejected),
+            answered: read(&self.answered),
             waiting: read(&self.waiting),
             retrievals: read(&self.retrievals),
             retrieval_seconds: Duration::from_micros(read(&self.retrieval_micros)).as_secs_f64(),
@@ -53,12 +61,21 @@ impl Stats {
         self.published.fetch_add(1, Ordering::Relaxed);
     }
 
+    pub(crate) fn add_repeated(&self) {
+        self.repeated.fetch_add(1, Ordering::Relaxed);
+    }
+
     pub(crate) fn add_failed(&self) {
         self.failed.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn add_rejected(&self) {
         self.rejected.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// So many queries more have their line already and are left out.
+    pub fn add_answered(&self, count: u64) {
+        self.answered.fetch_add(count, Ordering::Relaxed);
     }
 
     pub(crate) fn add_retrieval(&self, took: Duration) {

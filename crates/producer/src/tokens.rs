@@ -1,7 +1,5 @@
 //! Counting tokens: what a context may cost. Not for inference; the engine has its own tokenizer.
 
-use std::path::Path;
-
 use tokenizers::{ModelWrapper, Tokenizer};
 
 use crate::error::Error;
@@ -26,13 +24,10 @@ impl TokenCounter {
         Self::new(None, format!("chars/{CHARS_PER_TOKEN}"))
     }
 
-    /// Counts with the tokenizer of a `tokenizer.json`, special tokens left out.
-    pub fn from_file(path: &Path) -> Result<Self, Error> {
-        let bytes = std::fs::read(path).map_err(Error::read(path))?;
-        let mut tokenizer = Tokenizer::from_bytes(&bytes).map_err(|error| Error::Tokenizer {
-            path: path.to_owned(),
-            reason: error.to_string(),
-        })?;
+    /// Counts with the tokenizer of this `tokenizer.json`, special tokens left out.
+    pub fn from_json(text: &str) -> Result<Self, Error> {
+        let mut tokenizer =
+            Tokenizer::from_bytes(text).map_err(|error| Error::Tokenizer(error.to_string()))?;
         // A file may carry the cut and the padding of its training.
         tokenizer.with_padding(None);
         // The model inside can't be changed in place.
@@ -44,7 +39,7 @@ impl TokenCounter {
         if tokenizer.with_truncation(None).is_err() {
             tracing::warn!("the tokenizer keeps its truncation, long documents count as short");
         }
-        Ok(Self::new(Some(tokenizer), hex_sha256(&bytes)))
+        Ok(Self::new(Some(tokenizer), hex_sha256(text.as_bytes())))
     }
 
     fn new(tokenizer: Option<Tokenizer>, identity: String) -> Self {

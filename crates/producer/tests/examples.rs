@@ -21,7 +21,7 @@ fn example_contexts() -> Vec<Context> {
         ..SourceConfig::default()
     };
     let retriever = Arc::new(Retriever::open(&config, None).unwrap());
-    let contexts = contexts(&source, Some(retriever), |_| false).unwrap();
+    let contexts = contexts(&source, Some(retriever)).unwrap();
     contexts.map(Result::unwrap).collect()
 }
 

@@ -5,9 +5,11 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::PathBuf;
+use std::sync::mpsc::{self, Receiver};
 
-use flotilla_producer::{BadInput, SourceConfig, contexts};
+use flotilla_producer::{BadInput, Known, MAX_ASKED, SourceConfig, contexts};
 use shared::{Context, JobId, RetrievalMethod};
+use tokio::sync::oneshot;
 
 type Item = Result<Context, BadInput>;
 
@@ -39,7 +41,7 @@ impl Source {
     }
 
     fn read(&self) -> Vec<Item> {
-        contexts(&self.config, None, |_| false).unwrap().collect()
+        contexts(&self.config, None).unwrap().collect()
     }
 
     fn good(&self) -> Vec<Context> {
@@ -217,6 +219,7 @@ fn reasons_say_what_was_expected_and_what_was_given() {
         (r#"{"query": "q"}"#, "expected an `id`, given none"),
         (r#"{"id": "x", "query": "\ud800"}"#, "field `query`: malformed JSON"),
         ("7", "expected an object, given a number"),
+        ("not json at all", "malformed JSON at column 2"),
         (r#"{"id": "x" "query": "q"}"#, "malformed JSON at column 12"),
     ];
     for (text, reason) in cases {
@@ -312,41 +315,86 @@ fn start_and_number_count_entries_of_the_file() {
     assert!(outline(9, None).is_empty());
 }
 
-#[test]
-fn skipped_ids_are_asked_once_in_order_and_do_not_come() {
-    let text = format!(
-        "{}\n{{\"id\": \"bad\"}}\n{}\n{}\n",
-        good_line("a"),
-        good_line("b"),
-        good_line("c")
-    );
-    let source = Source::queries(text);
-    let answered: HashSet<&str> = ["a", "bad", "c"].into();
-    let mut asked = Vec::new();
-    let items: Vec<Item> = contexts(&source.config, None, |id: &JobId| {
-        asked.push(id.0.clone());
-        answered.contains(id.0.as_str())
-    })
-    .unwrap()
-    .collect();
-    assert_eq!(items.len(), 1);
-    assert_eq!(items[0].as_ref().unwrap().id.0, "b");
-    assert_eq!(asked, ["a", "bad", "b", "c"]);
+/// Says yes to some ids; all that it was asked are in the other end.
+fn knowing(known: &[&'static str]) -> (impl Known + use<>, Receiver<String>) {
+    let known: HashSet<&str> = known.iter().copied().collect();
+    let (asked, ids) = mpsc::channel();
+    let knows = move |id: &JobId| {
+        asked.send(id.0.clone()).unwrap();
+        known.contains(id.0.as_str())
+    };
+    (knows, ids)
 }
 
 #[test]
-fn reading_stays_a_chunk_ahead_of_what_is_taken() {
+fn known_ids_are_asked_about_once_in_order_and_do_not_come() {
+    let text = format!(
+        "{}\nnameless\n{{\"id\": \"bad\"}}\n{}\n{}\n{}\n",
+        good_line("a"),
+        good_line("b"),
+        good_line("c"),
+        good_line("a"),
+    );
+    let source = Source::queries(text);
+    let (known, asked) = knowing(&["a", "bad", "c"]);
+    let items: Vec<Item> = contexts(&source.config, None).unwrap().leaving_out(known).collect();
+    assert_eq!(items.len(), 2);
+    assert_eq!(items[0].as_ref().unwrap_err().line, 2);
+    assert_eq!(items[1].as_ref().unwrap().id.0, "b");
+    assert_eq!(asked.iter().collect::<Vec<_>>(), ["a", "bad", "b", "c"]);
+}
+
+/// Answers when it is told to, or never.
+struct Slow {
+    asked: mpsc::Sender<(usize, oneshot::Sender<Vec<bool>>)>,
+}
+
+impl Known for Slow {
+    fn ask(&mut self, ids: &[&JobId]) -> oneshot::Receiver<Vec<bool>> {
+        let (reply, answer) = oneshot::channel();
+        self.asked.send((ids.len(), reply)).unwrap();
+        answer
+    }
+}
+
+#[test]
+fn questions_go_out_before_the_first_is_answered_and_those_without_an_answer_leave_nothing_out() {
+    // One record of more queries than fit into a question.
+    let nested: Vec<String> = (0..2_500).map(|k| format!("{{\"query\": \"{k}\"}}")).collect();
+    let nested = format!("{{\"id\": \"n\", \"queries\": [{}]}}\n", nested.join(","));
+    let lines: String = (0..5_000).map(|k| good_line(&k.to_string()) + "\n").collect();
+    let source = Source::queries(nested + &lines);
+    let (asked, questions) = mpsc::channel();
+    let reading = std::thread::spawn(move || {
+        let contexts = contexts(&source.config, None).unwrap().leaving_out(Slow { asked });
+        contexts.map(|item| item.unwrap().id.0).collect::<Vec<_>>()
+    });
+    let first: Vec<_> = questions.iter().take(4).collect();
+    assert!(questions.try_recv().is_err(), "asked on and on without an answer");
+    assert!(first.iter().all(|(count, _)| *count == MAX_ASKED));
+    // Known, too short an answer, none at all: in turn.
+    let mut num_left_out = 0;
+    for (number, (count, reply)) in first.into_iter().chain(questions).enumerate() {
+        let num_answers = [count, 24, 0][number % 3];
+        num_left_out += num_answers;
+        if num_answers > 0 {
+            reply.send(vec![true; num_answers]).unwrap();
+        }
+    }
+    let ids = reading.join().unwrap();
+    assert_eq!(ids.len(), 7_500 - num_left_out);
+    assert_eq!(ids.iter().collect::<HashSet<_>>().len(), ids.len());
+}
+
+#[test]
+fn reading_stays_some_questions_ahead_of_what_is_taken() {
     let text: String = (0..10_000).map(|k| good_line(&k.to_string()) + "\n").collect();
     let source = Source::queries(text);
-    let mut num_read = 0;
-    let mut items = contexts(&source.config, None, |_: &JobId| {
-        num_read += 1;
-        false
-    })
-    .unwrap();
+    let (known, asked) = knowing(&[]);
+    let mut items = contexts(&source.config, None).unwrap().leaving_out(known);
     assert!(items.next().is_some());
     drop(items);
-    assert!(num_read <= 256, "{num_read}");
+    assert!(asked.iter().count() <= 4 * MAX_ASKED);
 }
 
 #[test]
@@ -399,7 +447,7 @@ fn bad_context_lines_are_reported() {
 
 #[test]
 fn exactly_one_file_is_expected() {
-    let error = |config: &SourceConfig| match contexts(config, None, |_| false) {
+    let error = |config: &SourceConfig| match contexts(config, None) {
         Ok(_) => panic!("accepted"),
         Err(error) => error.to_string(),
     };

@@ -10,6 +10,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::generation::{self, Generation};
+
 /// Version of the wire format. A worker leaves a job with a version it doesn't know to a newer one.
 pub const WIRE_VERSION: u16 = 1;
 
@@ -54,6 +56,22 @@ pub struct Query {
     pub target_api: Option<String>,
     /// Packages and versions to search.
     pub dependencies: Dependencies,
+    /// What the query itself says about how it is answered.
+    #[serde(default, skip_serializing_if = "Generation::is_empty")]
+    pub generation: Generation,
+}
+
+impl Query {
+    /// A question that says nothing more.
+    pub fn new(id: JobId, query: String) -> Self {
+        Self {
+            id,
+            query,
+            target_api: None,
+            dependencies: Dependencies::new(),
+            generation: Generation::default(),
+        }
+    }
 }
 
 /// How a context was found.
@@ -108,6 +126,9 @@ pub struct Context {
     /// The documents in `context`, in its order.
     #[serde(default)]
     pub documents: Vec<DocumentRef>,
+    /// What the query itself says about how it is answered; moves into the job.
+    #[serde(default, skip_serializing_if = "Generation::is_empty")]
+    pub generation: Generation,
 }
 
 impl Context {
@@ -125,31 +146,14 @@ impl Context {
             success: true,
             error: None,
             documents: Vec::new(),
+            generation: query.generation,
         }
     }
 
     /// The context of a query that could not be read or retrieved for; its job fails with `error`.
     pub fn failed(id: JobId, query: String, error: String) -> Self {
-        let query = Query { id, query, target_api: None, dependencies: Dependencies::new() };
-        Self { success: false, error: Some(error), ..Self::empty(query) }
+        Self { success: false, error: Some(error), ..Self::empty(Query::new(id, query)) }
     }
-}
-
-/// How an answer is generated.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Generation {
-    /// Most tokens to generate.
-    pub max_new_tokens: u32,
-    /// Sampling temperature; 0 takes the most likely token.
-    pub temperature: f32,
-    /// Nucleus: the smallest set of tokens whose probabilities sum to at least this; 1 keeps all.
-    pub top_p: f32,
-    /// Number of most likely tokens to choose from; 0 keeps all.
-    pub top_k: u32,
-    /// Texts that end the answer; not part of it.
-    pub stop: Vec<String>,
-    /// Seed of this job's random numbers.
-    pub seed: u64,
 }
 
 /// The seed of one job: the same for a run's seed and an id, whichever worker computes it.
@@ -174,7 +178,8 @@ pub struct Job {
     pub prompt_template: Option<String>,
     /// System prompt.
     pub system_prompt: Option<String>,
-    /// How to generate.
+    /// How to generate; the seed is the job's own.
+    #[serde(with = "generation::wire")]
     pub generation: Generation,
 }
 
@@ -182,6 +187,11 @@ impl Job {
     /// The user's id.
     pub fn id(&self) -> &JobId {
         &self.context.id
+    }
+
+    /// The seed of its random numbers.
+    pub fn seed(&self) -> u64 {
+        self.generation.seed.unwrap_or_default()
     }
 }
 
@@ -210,6 +220,38 @@ pub struct Completed {
     pub prompt_sha256: String,
     /// Whether the context was cut to fit the model's window.
     pub context_truncated: bool,
+    /// Log-probabilities of the generated tokens, where the job asks for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logprobs: Option<Logprobs>,
+}
+
+/// Log-probabilities of an answer's tokens, in the shape of OpenAI's chat completions: the model's own, before
+/// bias, penalties and temperature.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Logprobs {
+    /// One entry for each generated token, an end-of-text token and those of a stop text included.
+    pub content: Vec<GeneratedToken>,
+}
+
+/// A generated token and those that were most likely in its place.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct GeneratedToken {
+    /// The token.
+    #[serde(flatten)]
+    pub token: TokenLogprob,
+    /// The most likely tokens, as many as asked for, most likely first.
+    pub top_logprobs: Vec<TokenLogprob>,
+}
+
+/// A token with its log-probability.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct TokenLogprob {
+    /// Its text; U+FFFD stands for bytes that are no whole character.
+    pub token: String,
+    /// Its number in the vocabulary.
+    pub token_id: u32,
+    /// Natural logarithm of its probability, at least -9999.
+    pub logprob: f32,
 }
 
 /// What became of a job.
@@ -269,12 +311,49 @@ mod tests {
     }
 
     #[test]
+    fn outcomes_with_and_without_logprobs_are_read_by_newer_and_older_collectors() {
+        #[derive(Debug, PartialEq, Serialize, Deserialize)]
+        struct OldCompleted {
+            answer: String,
+            finish_reason: FinishReason,
+            prompt_tokens: u32,
+            completion_tokens: u32,
+            prompt_sha256: String,
+            context_truncated: bool,
+        }
+        let token = |token: &str, token_id, logprob| TokenLogprob {
+            token: token.to_owned(),
+            token_id,
+            logprob,
+        };
+        let entry = GeneratedToken {
+            token: token("a", 1, -0.1),
+            top_logprobs: vec![token("a", 1, -0.1), token("\u{fffd}", 2, -9999.0)],
+        };
+        let completed = Completed {
+            answer: "a".to_owned(),
+            finish_reason: FinishReason::Stop,
+            prompt_tokens: 3,
+            completion_tokens: 1,
+            prompt_sha256: "ab".to_owned(),
+            context_truncated: false,
+            logprobs: Some(Logprobs { content: vec![entry] }),
+        };
+        let bytes = rmp_serde::to_vec_named(&completed).unwrap();
+        assert_eq!(rmp_serde::from_slice::<Completed>(&bytes).unwrap(), completed);
+        let old: OldCompleted = rmp_serde::from_slice(&bytes).unwrap();
+        assert_eq!(old.answer, "a");
+        let bytes = rmp_serde::to_vec_named(&old).unwrap();
+        let completed = Completed { logprobs: None, ..completed };
+        assert_eq!(rmp_serde::from_slice::<Completed>(&bytes).unwrap(), completed);
+    }
+
+    #[test]
     fn context_line_has_the_documented_fields_in_order() {
         let query = Query {
-            id: JobId("sample_1".into()),
-            query: "How to sort array indices?".into(),
             target_api: Some("numpy.argsort".into()),
             dependencies: [("numpy".to_owned(), Some("1.16.6".to_owned()))].into(),
+            ..Query::new(JobId("sample_1".into()), "How to sort array indices?".into())
         };
         let line = serde_json::to_string(&Context::empty(query)).unwrap();
         assert_eq!(

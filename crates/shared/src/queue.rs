@@ -81,6 +81,15 @@ pub enum QueueError {
     Server(#[source] Box<dyn std::error::Error + Send + Sync>),
 }
 
+/// What a message that is stored was to the queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stored {
+    /// A new one.
+    New,
+    /// One that it had already, by its id: nothing was added.
+    Repeated,
+}
+
 /// What became of a publish that doesn't wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Publishing {
@@ -96,8 +105,9 @@ pub trait Queue<T: Message>: Clone + Send + Sync + 'static {
     type Delivery: Delivery<T>;
 
     /// Stores `message`, waiting while the queue is full. Returns once it is as durable as this
-    /// queue can make it. A message whose id the queue still holds is not stored again.
-    fn publish(&self, message: T) -> impl Future<Output = Result<(), QueueError>> + Send;
+    /// queue can make it. A message whose id the queue still holds is not stored again, whatever else
+    /// is in it.
+    fn publish(&self, message: T) -> impl Future<Output = Result<Stored, QueueError>> + Send;
 
     /// The same without waiting for room.
     fn try_publish(

@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use async_nats::HeaderMap;
 use flotilla_tests::Proxy;
-use shared::{Publishing, QueueError, Settled};
-use tokio::task::JoinSet;
+use shared::{Publishing, QueueError, Settled, Stored};
+use tokio::task::{JoinHandle, JoinSet};
 
 use super::*;
 
@@ -19,6 +19,18 @@ async fn publish_all(queue: &NatsQueue<Job>, ids: &[String]) {
         publishing.spawn(async move { queue.publish(job(&id)).await.unwrap() });
     }
     publishing.join_all().await;
+}
+
+/// Publishes one job, as soon as that is possible.
+fn publish_soon(queue: &NatsQueue<Job>, id: &str) -> JoinHandle<Stored> {
+    let (queue, job) = (queue.clone(), job(id));
+    tokio::spawn(async move { queue.publish(job).await.unwrap() })
+}
+
+/// Pulls one job, as soon as there is one.
+fn pull_soon(queue: &NatsQueue<Job>) -> JoinHandle<NatsDelivery<Job>> {
+    let queue = queue.clone();
+    tokio::spawn(async move { pull_one(&queue).await })
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -59,20 +71,12 @@ async fn pull_begun_before_a_restart_gets_what_is_published_after_it() {
     let fleet = fleet(&server).await;
     let queue = fleet.jobs(MODEL);
     assert_empty(&queue).await;
-    let waiting = tokio::spawn({
-        let queue = queue.clone();
-        async move { queue.pull(1, LONG).await.unwrap() }
-    });
+    let waiting = pull_soon(&queue);
     server.kill();
-    let publishing = tokio::spawn({
-        let queue = queue.clone();
-        async move { queue.publish(job("a")).await.unwrap() }
-    });
+    let publishing = publish_soon(&queue, "a");
     server.restart();
     publishing.await.unwrap();
-    let mut pulled = waiting.await.unwrap();
-    assert_eq!(pulled.len(), 1);
-    pulled.remove(0).ack().await.unwrap();
+    waiting.await.unwrap().ack().await.unwrap();
     assert_empty(&queue).await;
 }
 
@@ -99,18 +103,14 @@ async fn deleted_consumer_is_made_again_under_a_waiting_pull() {
     let fleet = fleet(&server).await;
     let queue = fleet.jobs(MODEL);
     assert_empty(&queue).await;
-    let waiting = tokio::spawn({
-        let queue = queue.clone();
-        async move { queue.pull(1, LONG).await.unwrap() }
-    });
+    let waiting = pull_soon(&queue);
     let outsider = outsider(&server).await;
     while fleet.consumers().await.unwrap()[0].num_waiting == 0 {
         tokio::task::yield_now().await;
     }
     outsider.delete_consumer_from_stream("jobs-model", "FLOTILLA_JOBS").await.unwrap();
     queue.publish(job("a")).await.unwrap();
-    let mut pulled = waiting.await.unwrap();
-    pulled.remove(0).ack().await.unwrap();
+    waiting.await.unwrap().ack().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -147,10 +147,7 @@ async fn link_cut_without_a_reset_delays_a_publish_only() {
     proxy.hold();
     let waiting = tokio::time::timeout(SHORT, queue.publish(job("during"))).await;
     assert!(waiting.is_err(), "confirmed over a cut link");
-    let publishing = tokio::spawn({
-        let queue = queue.clone();
-        async move { queue.publish(job("during")).await.unwrap() }
-    });
+    let publishing = publish_soon(&queue, "during");
     proxy.pass();
     publishing.await.unwrap();
     assert_eq!(drain(&queue, 2).await, ["before", "during"]);
@@ -163,11 +160,8 @@ async fn lost_confirmation_adds_nothing_twice() {
     let proxy = Proxy::start(server.address());
     let fleet = Fleet::connect(&config(server.url_at(proxy.address()))).await.unwrap();
     let queue = fleet.jobs(MODEL);
-    let publishing = tokio::spawn({
-        let queue = queue.clone();
-        proxy.lose_replies();
-        async move { queue.publish(job("a")).await.unwrap() }
-    });
+    proxy.lose_replies();
+    let publishing = publish_soon(&queue, "a");
     let outsider = outsider(&server).await;
     // The job is stored; only the confirmation is missing.
     while outsider.get_stream("FLOTILLA_JOBS").await.unwrap().cached_info().state.messages == 0 {

@@ -22,7 +22,7 @@ async fn forgotten_messages_are_delivered_again_and_no_others() {
         queue.publish(job(id)).await.unwrap();
     }
     server.shut_down();
-    let messages = server.store().join("jetstream/$G/streams/FLOTILLA_JOBS/msgs");
+    let messages = server.data().join("jetstream/$G/streams/FLOTILLA_JOBS/msgs");
     let older = tempfile::tempdir().unwrap();
     copy(&messages, older.path());
     server.restart();

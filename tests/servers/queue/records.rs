@@ -78,6 +78,14 @@ async fn workers_and_runs_tell_about_themselves() {
     fleet.put_run(&run(Role::Collector)).await.unwrap();
     assert_eq!(fleet.runs().await.unwrap(), [run(Role::Collector), run(Role::Producer)]);
 
+    let other = RunStatus { id: "two".into(), ..run(Role::Producer) };
+    fleet.put_run(&other).await.unwrap();
+    let elsewhere = RunStatus { run: RunId("r".into()), ..other.clone() };
+    fleet.put_run(&elsewhere).await.unwrap();
+    assert_eq!(fleet.run(&other.run).await.unwrap().len(), 3);
+    fleet.remove_run(&other).await.unwrap();
+    assert_eq!(fleet.runs().await.unwrap(), [elsewhere, run(Role::Collector), run(Role::Producer)]);
+
     server.wipe();
     server.restart();
     // The word that finds no bucket may be lost; a later one is not.
@@ -87,6 +95,36 @@ async fn workers_and_runs_tell_about_themselves() {
     }
     assert!(told);
     assert_eq!(fleet.workers().await.unwrap(), [worker("again", 1)]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_of_producers_that_are_gone_are_written_anew_and_no_others() {
+    let server = NatsServer::start();
+    let fleet = fleet(&server).await;
+    let said = |id: &str, role, seen_at| RunStatus {
+        id: id.into(),
+        run: RunId("r".into()),
+        role,
+        seen_at,
+        ..RunStatus::default()
+    };
+    let now = shared::status::unix_now();
+    let gone = said("gone", Role::Producer, now - 60.0);
+    for status in
+        [&gone, &said("here", Role::Producer, now), &said("", Role::Collector, now - 60.0)]
+    {
+        fleet.put_run(status).await.unwrap();
+    }
+    let bucket = outsider(&server).await.get_key_value("flotilla-status").await.unwrap();
+    let revision = async |key: &str| bucket.entry(key).await.unwrap().unwrap().revision;
+    let keys = ["run.r.producer.gone", "run.r.producer.here", "run.r.collector"];
+    fleet.keep_producers(&gone.run).await.unwrap();
+    let mut revisions = Vec::new();
+    for key in keys {
+        revisions.push(revision(key).await);
+    }
+    assert_eq!(revisions, [4, 2, 3]);
+    assert!(fleet.run(&gone.run).await.unwrap().contains(&gone));
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -100,7 +138,7 @@ async fn collector_is_asked_and_answers() {
     let mut requests = Box::pin(fleet.serve_control(&run).await.unwrap());
     let collecting = tokio::spawn(async move {
         let asked = requests.next().await.unwrap();
-        let Request::RemoveFailed { ids } = &asked.request;
+        let Request::RemoveFailed { ids } = &asked.request else { panic!("another request") };
         let count = ids.len() as u64;
         asked.answer(&Reply::Removed(count)).await.unwrap();
         requests

@@ -22,8 +22,6 @@ pub(super) const TOKEN: &str = "chaos-token";
 const LEASE: &str = "--lease 2";
 /// Copies of the Redis data to go back to.
 const MAX_COPIES: usize = 3;
-/// The producers' exit code after a signal.
-const INTERRUPTED: i32 = 130;
 /// Files that a server with a full disk can still write: those up to this size.
 const FULL: u64 = 1024;
 /// How slow a slow link is.
@@ -369,7 +367,7 @@ impl Fleet {
             self.leaving.drain(..).partition(|member| !member.process.is_running());
         self.leaving = leaving;
         for member in ended {
-            self.settle(&member, 0)?;
+            self.settle(&member)?;
         }
         Ok(())
     }
@@ -380,21 +378,20 @@ impl Fleet {
             member.process.signal(Signal::TERM);
         }
         for member in self.members.drain(..).chain(self.leaving.drain(..)).collect::<Vec<_>>() {
-            let code = if member.role == Role::Producer { INTERRUPTED } else { 0 };
-            self.settle(&member, code)?;
+            self.settle(&member)?;
         }
         Ok(())
     }
 
     /// The end of a process that was told to.
-    fn settle(&self, member: &Member, code: i32) -> Result<(), String> {
+    fn settle(&self, member: &Member) -> Result<(), String> {
         let status = member.process.wait(DEADLINE);
         self.keep_log(member);
-        if status.code() == Some(code) {
+        if status.success() {
             return Ok(());
         }
         let log = member.process.log();
-        Err(format!("{} ended with {status}, expected exit code {code}:\n{log}", member.name))
+        Err(format!("{} ended with {status}, expected exit code 0:\n{log}", member.name))
     }
 
     fn keep_log(&self, member: &Member) {

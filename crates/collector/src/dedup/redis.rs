@@ -1,14 +1,15 @@
 //! The index in Redis: 16 bytes an id in a set, for runs whose ids don't fit into a process or
 //! shall not be read again at every start.
 //!
-//! Three keys a run: `ids`, the set; `off`, the [`Position`]; `epoch`, the claim, which only grows.
+//! Four keys a run: `ids`, the set; `off`, the [`Position`]; `epoch`, the claim, which only grows;
+//! `by`, who has it.
 //! Every access is one script, so that claim, position and ids are looked at and moved together.
 //! The position also tells how many ids the set must hold: a set that was evicted or tampered
 //! with counts as rolled back. Nothing is ever lost with Redis, since the file can tell it all again; so
 //! trouble that may pass is waited out here, told once.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use redis::aio::MultiplexedConnection;
 use redis::{AsyncConnectionConfig, Client, FromRedisValue, RedisError, Script, ScriptInvocation};
@@ -23,27 +24,32 @@ const RESPONSE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Between two attempts to reach it, at first and at most.
 const RETRY_DELAYS: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 
+/// Between two log lines about a server that is waited for.
+const NOTICE_INTERVAL: Duration = Duration::from_secs(60);
+
 /// What every script begins with: the claim and the position are looked at.
 const GUARD: &str = r"
-local ids, off, epoch = KEYS[1], KEYS[2], KEYS[3]
+local ids, off, epoch, by = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local claimed = tonumber(redis.call('GET', epoch) or '0')
 local mine = tonumber(ARGV[1])
-if claimed > mine then return {'taken over'} end
+if claimed > mine then return {'taken over', redis.call('GET', by) or ''} end
 local function stands(at, lines)
     return claimed == mine and redis.call('GET', off) == at and redis.call('SCARD', ids) == tonumber(lines)
 end
 ";
 /// Claims grow with the server's clock, so that a claim that a rollback took away is not given twice.
 const CLAIM: &str = r"
-local ids, off, epoch = KEYS[1], KEYS[2], KEYS[3]
+local ids, off, epoch, by = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local now = redis.call('TIME')
 local next = math.max(tonumber(redis.call('GET', epoch) or '0') + 1, now[1] * 1000 + math.floor(now[2] / 1000))
 next = string.format('%.0f', next)
 redis.call('SET', epoch, next)
+redis.call('SET', by, ARGV[1])
 return {'ok', next, redis.call('GET', off) or '', tostring(redis.call('SCARD', ids))}
 ";
 const RESUME: &str = r"
 redis.call('SET', epoch, ARGV[1])
+redis.call('SET', by, ARGV[2])
 return {'ok', ARGV[1], redis.call('GET', off) or '', tostring(redis.call('SCARD', ids))}
 ";
 const CLEAR: &str = r"
@@ -81,12 +87,15 @@ pub struct RedisConfig {
     pub url: String,
     /// What the names of its keys begin with.
     pub prefix: String,
+    /// What others are told of this collector, should it take a run over from them.
+    pub holder: String,
 }
 
 impl RedisConfig {
     /// The server at `url`, keys named `flotilla`.
     pub fn new(url: impl Into<String>) -> Self {
-        Self { url: url.into(), prefix: "flotilla".to_owned() }
+        let holder = "another process".to_owned();
+        Self { url: url.into(), prefix: "flotilla".to_owned(), holder }
     }
 }
 
@@ -101,7 +110,8 @@ impl fmt::Debug for RedisConfig {
 pub struct RedisDedup {
     server: Server,
     scripts: Scripts,
-    keys: [String; 3],
+    keys: [String; 4],
+    holder: String,
     claim: String,
 }
 
@@ -124,7 +134,14 @@ impl RedisDedup {
     /// Connects, waiting for a server that isn't there yet. Wrong credentials and a wrong URL fail
     /// at once.
     pub async fn connect(config: &RedisConfig, run: &RunId) -> Result<Self, DedupError> {
-        let client = Client::open(config.url.as_str()).map_err(refused)?;
+        let client = Client::open(config.url.as_str()).map_err(|error| {
+            let given = redacted(&config.url);
+            let text = format!(
+                "expected redis://host:6379, redis://user:password@host:6379 or rediss://…, given \
+                 '{given}': {error}"
+            );
+            DedupError::Refused(text.into())
+        })?;
         let mut server = Server { client, connection: None };
         server.warn_of_settings().await?;
         let guarded = |script: &str| Script::new(&format!("{GUARD}{script}"));
@@ -136,9 +153,9 @@ impl RedisDedup {
             mark: guarded(MARK),
             forget: guarded(FORGET),
         };
-        let keys = ["ids", "off", "epoch"]
+        let keys = ["ids", "off", "epoch", "by"]
             .map(|key| format!("{{{prefix}:{run}}}:{key}", prefix = config.prefix, run = run.0));
-        Ok(Self { server, scripts, keys, claim: String::new() })
+        Ok(Self { server, scripts, keys, holder: config.holder.clone(), claim: String::new() })
     }
 
     fn stands_at(&mut self, reply: Reply) -> Result<Option<Position>, DedupError> {
@@ -166,14 +183,15 @@ impl FromRedisValue for Reply {
 
 impl Dedup for RedisDedup {
     async fn claim(&mut self) -> Result<Option<Position>, DedupError> {
-        let script = with_keys(&self.scripts.claim, &self.keys);
+        let mut script = with_keys(&self.scripts.claim, &self.keys);
+        script.arg(&self.holder);
         let reply = self.server.run(&script).await?.fields()?;
         self.stands_at(reply)
     }
 
     async fn resume(&mut self) -> Result<Option<Position>, DedupError> {
         let mut script = with_keys(&self.scripts.resume, &self.keys);
-        script.arg(&self.claim);
+        script.arg(&self.claim).arg(&self.holder);
         let reply = self.server.run(&script).await?.fields()?;
         self.stands_at(reply)
     }
@@ -206,7 +224,7 @@ impl Dedup for RedisDedup {
     }
 }
 
-fn with_keys<'a>(script: &'a Script, keys: &[String; 3]) -> ScriptInvocation<'a> {
+fn with_keys<'a>(script: &'a Script, keys: &[String; 4]) -> ScriptInvocation<'a> {
     let mut script = script.prepare_invoke();
     for key in keys {
         script.key(key);
@@ -244,7 +262,7 @@ struct Server {
 impl Server {
     /// Runs a script, however long it takes until the server can.
     async fn run(&mut self, script: &ScriptInvocation<'_>) -> Result<Answer, DedupError> {
-        let mut waiting = Waiting::default();
+        let mut waiting = Waiting::of(&self.client);
         loop {
             let ran = match self.connection().await {
                 Ok(connection) => script.invoke_async::<Vec<redis::Value>>(connection).await,
@@ -278,7 +296,7 @@ impl Server {
 
     /// Warns of settings that make Redis forget; says nothing where it may not ask.
     async fn warn_of_settings(&mut self) -> Result<(), DedupError> {
-        let mut waiting = Waiting::default();
+        let mut waiting = Waiting::of(&self.client);
         let asked = loop {
             match self.connection().await {
                 Ok(connection) => {
@@ -316,28 +334,37 @@ fn answer(mut values: Vec<redis::Value>) -> Result<Answer, DedupError> {
     match verdict.as_str() {
         "ok" => Ok(Answer(values)),
         "rolled back" => Err(DedupError::RolledBack),
-        _ => Err(DedupError::TakenOver),
+        _ => Err(DedupError::TakenOver { by: Answer(values).only()? }),
     }
 }
 
-/// Waiting for a server that can't be reached, with one message at its begin and one at its end.
-#[derive(Default)]
+/// Waiting for a server that can't be reached, with a message at its begin, every minute and at its end.
 struct Waiting {
+    /// The server's address, without secrets.
+    address: String,
     next: Option<Duration>,
+    told_at: Option<Instant>,
 }
 
 impl Waiting {
+    fn of(client: &Client) -> Self {
+        let address = client.get_connection_info().addr().to_string();
+        Self { address, next: None, told_at: None }
+    }
+
     async fn after(&mut self, error: RedisError) -> Result<(), DedupError> {
         if !may_pass(&error) {
             return Err(refused(error));
         }
-        let delay = match self.next {
-            Some(delay) => delay,
-            None => {
-                tracing::warn!(%error, "redis can't serve; waiting for it, nothing is acked meanwhile");
-                RETRY_DELAYS.0
-            }
-        };
+        if self.told_at.is_none_or(|at| at.elapsed() >= NOTICE_INTERVAL) {
+            self.told_at = Some(Instant::now());
+            tracing::warn!(
+                %error,
+                "redis at {} can't serve; waiting for it, nothing is acked meanwhile",
+                self.address
+            );
+        }
+        let delay = self.next.unwrap_or(RETRY_DELAYS.0);
         tokio::time::sleep(delay).await;
         self.next = Some((delay * 2).min(RETRY_DELAYS.1));
         Ok(())
@@ -345,7 +372,7 @@ impl Waiting {
 
     fn over(&self) {
         if self.next.is_some() {
-            tracing::info!("redis serves again");
+            tracing::info!("redis at {} serves again", self.address);
         }
     }
 }
@@ -361,6 +388,16 @@ fn may_pass(error: &RedisError) -> bool {
         | ErrorKind::UnexpectedReturnType => false,
         ErrorKind::Server(ServerErrorKind::ResponseError | ServerErrorKind::NoPerm) => full,
         _ => !matches!(error.code(), Some("NOAUTH" | "WRONGPASS" | "WRONGTYPE" | "NOPERM")),
+    }
+}
+
+/// The URL without what may be a secret: all between its scheme and its host.
+fn redacted(url: &str) -> String {
+    let (scheme, rest) = url.split_once("://").map_or(("", url), |(name, rest)| (name, rest));
+    let separator = if scheme.is_empty() { "" } else { "://" };
+    match rest.rsplit_once('@') {
+        Some((_secret, host)) => format!("{scheme}{separator}***@{host}"),
+        None => format!("{scheme}{separator}{rest}"),
     }
 }
 

@@ -75,7 +75,11 @@ impl ServerDedup {
 
     fn guarded(&self) -> Result<MutexGuard<'_, Snapshot>, DedupError> {
         let held = self.server.held();
-        if held.epoch > self.epoch { Err(DedupError::TakenOver) } else { Ok(held) }
+        if held.epoch > self.epoch {
+            Err(DedupError::TakenOver { by: "another client".to_owned() })
+        } else {
+            Ok(held)
+        }
     }
 
     fn standing(&self, at: &Position) -> Result<MutexGuard<'_, Snapshot>, DedupError> {

@@ -7,7 +7,6 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Deserialize;
-use sha2::{Digest, Sha256};
 use shared::{IdDigest, JobId};
 
 use super::{Entry, Log};
@@ -31,6 +30,7 @@ struct Content {
 struct IdAndSuccess {
     id: JobId,
     success: bool,
+    attempts: Option<u32>,
 }
 
 impl Disk {
@@ -65,15 +65,24 @@ impl Disk {
 
     /// The ids of its whole lines, and whether each failed.
     pub fn lines(&self) -> Vec<(String, bool)> {
+        lines(&self.content().bytes)
+    }
+
+    /// The ids of the lines that no crash takes.
+    pub fn synced_lines(&self) -> Vec<String> {
         let content = self.content();
-        let lines = content.bytes.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
-        let parsed = lines.filter_map(|line| serde_json::from_slice::<IdAndSuccess>(line).ok());
-        parsed.map(|line| (line.id.0, !line.success)).collect()
+        lines(&content.bytes[..content.synced]).into_iter().map(|(id, _failed)| id).collect()
     }
 
     fn content(&self) -> MutexGuard<'_, Content> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+fn lines(bytes: &[u8]) -> Vec<(String, bool)> {
+    let lines = bytes.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
+    let parsed = lines.filter_map(|line| serde_json::from_slice::<IdAndSuccess>(line).ok());
+    parsed.map(|line| (line.id.0, !line.success)).collect()
 }
 
 /// The open log.
@@ -95,6 +104,7 @@ impl MemoryLog {
                 entries.push(Entry {
                     id: line.id.digest(),
                     failed: !line.success,
+                    of_bad_input: !line.success && line.attempts == Some(0),
                     end: end as u64,
                 });
             }
@@ -123,10 +133,7 @@ impl Log for MemoryLog {
         if offset > self.end || (end > 0 && content.bytes[end - 1] != b'\n') {
             return Ok(None);
         }
-        let generation = content.retried.len().to_le_bytes();
-        let digest = Sha256::new().chain_update(generation).chain_update(&content.bytes[..end]);
-        let digest = digest.finalize();
-        Ok(Some(digest[..8].iter().fold(0, |seal, &byte| seal << 8 | u64::from(byte))))
+        Ok(Some(super::seal(content.retried.len() as u64, &content.bytes[..end])))
     }
 
     async fn append(&mut self, lines: &[u8]) -> Result<(), Error> {

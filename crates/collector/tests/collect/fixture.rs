@@ -11,10 +11,8 @@ use shared::{
 
 pub(crate) fn settled(id: &str, outcome: Outcome) -> Settled {
     let query = Query {
-        id: JobId(id.to_owned()),
-        query: "naïve \u{2028} \"query\"\n".to_owned(),
-        target_api: None,
         dependencies: [("numpy".to_owned(), None)].into(),
+        ..Query::new(JobId(id.to_owned()), "naïve \u{2028} \"query\"\n".to_owned())
     };
     Settled {
         version: WIRE_VERSION,
@@ -37,6 +35,7 @@ pub(crate) fn answered(id: &str) -> Settled {
         completion_tokens: 4,
         prompt_sha256: "ab".into(),
         context_truncated: false,
+        logprobs: None,
     };
     settled(id, Outcome::Completed(completed))
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use flotilla_collector::{Error, Lock, Output};
 use proptest::prelude::*;
 use serde_json::Value;
-use shared::{JobId, Settled};
+use shared::{GeneratedToken, JobId, Logprobs, Outcome, Settled, TokenLogprob};
 
 use crate::fixture::{answered, failed, lines, open};
 
@@ -30,6 +30,31 @@ async fn lines_have_the_documented_fields_in_order() {
     assert_eq!(b["error"], "too long");
     assert_eq!(b["answer"], Value::Null);
     assert_eq!(b["finish_reason"], Value::Null);
+}
+
+#[tokio::test]
+async fn logprobs_are_the_last_field_of_the_lines_that_have_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("results.jsonl");
+    let token = |token: &str, token_id, logprob| TokenLogprob {
+        token: token.to_owned(),
+        token_id,
+        logprob,
+    };
+    let logprobs = Logprobs {
+        content: vec![GeneratedToken {
+            token: token(" the", 278, -0.5),
+            top_logprobs: vec![token(" the", 278, -0.5), token("\n", 13, -1.25)],
+        }],
+    };
+    let mut settled = answered("a");
+    if let Outcome::Completed(completed) = &mut settled.outcome {
+        completed.logprobs = Some(logprobs);
+    }
+    open(&path).await.unwrap().write(&[&settled]).await.unwrap();
+    let text = fs::read_to_string(&path).unwrap();
+    let expected = r#""documents":[],"logprobs":{"content":[{"token":" the","token_id":278,"logprob":-0.5,"top_logprobs":[{"token":" the","token_id":278,"logprob":-0.5},{"token":"\n","token_id":13,"logprob":-1.25}]}]}}"#;
+    assert!(text.trim_end().ends_with(expected), "{text}");
 }
 
 #[tokio::test]

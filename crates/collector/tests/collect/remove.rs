@@ -55,6 +55,27 @@ async fn only_failed_lines_with_these_ids_are_removed_and_kept_beside() {
 }
 
 #[tokio::test]
+async fn lines_of_bad_input_are_found_and_taken_out_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("results.jsonl");
+    let mut collector = open(&path).await.unwrap();
+    let bad = |id| Settled { attempts: 0, ..failed(id) };
+    let outcomes = [answered("a"), bad("b"), failed("c"), bad("d"), bad("e")];
+    collector.write(&outcomes.iter().collect::<Vec<_>>()).await.unwrap();
+    let none = HashSet::new();
+    assert_eq!(collector.handle_bad_input(&none, false).await.unwrap(), 3);
+    assert_eq!(ids(&path), ["a", "b", "c", "d", "e"]);
+    assert_eq!(collector.handle_bad_input(&digests(&["a", "c", "d"]), true).await.unwrap(), 1);
+    assert_eq!(ids(&path), ["a", "b", "c", "e"]);
+    assert_eq!(collector.handle_bad_input(&none, true).await.unwrap(), 2);
+    assert_eq!(ids(&path), ["a", "c"]);
+    assert_eq!(ids(&dir.path().join("results.jsonl.retried.jsonl")), ["d", "b", "e"]);
+    // Corrected, they get another line.
+    collector.write(&[&answered("b")]).await.unwrap();
+    assert_eq!(ids(&path), ["a", "c", "b"]);
+}
+
+#[tokio::test]
 async fn killed_anywhere_while_removing_it_can_be_asked_again() {
     for step in [Step::Kept, Step::Rewritten, Step::Replaced, Step::Forgotten] {
         let dir = tempfile::tempdir().unwrap();

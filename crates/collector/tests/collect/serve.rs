@@ -2,9 +2,10 @@
 
 use std::time::Duration;
 
-use flotilla_collector::dedup::server::IndexServer;
+use flotilla_collector::dedup::server::{IndexServer, Snapshot};
 use flotilla_collector::log::memory::Disk;
 use flotilla_collector::{Collector, Control, End, Error, Probe, Step, run};
+use shared::status::Known;
 use shared::{Delivery, JobId, MemoryQueue, Queue, Settled};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -151,6 +152,18 @@ async fn told_to_end_now_it_ends_after_the_batch_in_hand() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn collector_with_nothing_to_write_notices_that_it_was_taken_over() {
+    let disk = Disk::default();
+    let queue = queue_of([]).await;
+    let server = IndexServer::default();
+    let mut first = Collector::open(disk.open(), server.client()).await.unwrap();
+    let _second = Collector::open(disk.open(), server.client()).await.unwrap();
+    let (_tell, end) = watch::channel(End::Open);
+    let over = run(&queue, &mut first, end, no_controls(), &mut Count::default()).await;
+    assert!(matches!(over, Err(Error::TakenOver { .. })));
+}
+
+#[tokio::test(start_paused = true)]
 async fn collector_that_was_taken_over_stops_and_acks_nothing() {
     let disk = Disk::default();
     let queue = queue_of([answered("a")]).await;
@@ -194,6 +207,89 @@ async fn failed_lines_are_removed_on_request_and_answered_again() {
     let expected = [("a", false), ("c", true), ("b", false)].map(|(id, f)| (id.to_owned(), f));
     assert_eq!(disk.lines(), expected);
     assert_eq!((collector.num_lines(), collector.num_failed()), (3, 1));
+}
+
+/// Asks a running collector which of these ids have their line.
+async fn ask(controls: &mpsc::Sender<Control>, ids: &[&str]) -> Option<Known> {
+    let ids = ids.iter().map(|id| JobId((*id).to_owned()).digest()).collect();
+    let (reply, answer) = oneshot::channel();
+    controls.send(Control::Known { ids, reply }).await.ok()?;
+    answer.await.ok()
+}
+
+#[tokio::test(start_paused = true)]
+async fn known_is_what_is_synced_through_a_rollback_and_an_outage_of_the_index() {
+    let disk = Disk::default();
+    let queue = queue_of([answered("a"), failed("b")]).await;
+    let server = IndexServer::default();
+    let mut collector = Collector::open(disk.open(), server.client()).await.unwrap();
+    let (tell, end) = watch::channel(End::Open);
+    let (controls, received) = mpsc::channel(4);
+    let mut count = Count::default();
+    let running = run(&queue, &mut collector, end, received, &mut count);
+    let asking = async {
+        while disk.synced_lines().len() < 2 {
+            tokio::time::advance(Duration::from_millis(10)).await;
+        }
+        let known = Known { num_lines: 2, written: vec![true, false, true] };
+        assert_eq!(ask(&controls, &["a", "x", "b"]).await, Some(known.clone()));
+        server.restore(Snapshot::default());
+        assert_eq!(ask(&controls, &["a", "x", "b"]).await, Some(known.clone()));
+        server.set_up(false);
+        let (late, ()) = tokio::join!(ask(&controls, &["a", "x", "b"]), async {
+            tokio::time::advance(LONG).await;
+            server.set_up(true);
+        });
+        assert_eq!(late, Some(known));
+        // Told to end while the index is down, it ends, and answers nobody.
+        server.set_up(false);
+        let (none, _) = tokio::join!(
+            async { tokio::join!(ask(&controls, &["a"]), ask(&controls, &["b"])) },
+            async {
+                tokio::task::yield_now().await;
+                tell.send_replace(End::Now);
+            }
+        );
+        assert_eq!(none, (None, None));
+    };
+    let both = async { tokio::join!(running, asking) };
+    tokio::time::timeout(LONG * 2, both).await.expect("ends before the deadline").0.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn collector_that_was_taken_over_tells_nothing() {
+    let disk = Disk::default();
+    let server = IndexServer::default();
+    let mut first = Collector::open(disk.open(), server.client()).await.unwrap();
+    first.write(&[&answered("a")]).await.unwrap();
+    let _second = Collector::open(disk.open(), server.client()).await.unwrap();
+    let (_tell, end) = watch::channel(End::Open);
+    let (controls, received) = mpsc::channel(1);
+    let queue = queue_of([]).await;
+    let mut count = Count::default();
+    let running = run(&queue, &mut first, end, received, &mut count);
+    let (ended, known) = tokio::join!(running, ask(&controls, &["a"]));
+    assert!(matches!(ended, Err(Error::TakenOver { .. })), "{ended:?}");
+    assert_eq!(known, None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn questions_have_their_turn_however_many_outcomes_wait() {
+    let disk = Disk::default();
+    let queue = queue_of((0..2_000).map(|number| answered(&number.to_string()))).await;
+    let mut collector =
+        Collector::open(disk.open(), IndexServer::default().client()).await.unwrap();
+    // After the second batch.
+    let (_tell, end) = watch::channel(End::AtLines(129));
+    let (controls, received) = mpsc::channel(4);
+    let questions = async { tokio::join!(ask(&controls, &["0"]), ask(&controls, &["0"])) };
+    let mut count = Count::default();
+    let running = run(&queue, &mut collector, end, received, &mut count);
+    let (known, ended) = tokio::join!(questions, running);
+    ended.unwrap();
+    let known = [known.0, known.1].map(|known| known.expect("an answer before the end"));
+    assert!(known.iter().all(|known| known.num_lines <= 128), "{known:?}");
+    assert!(disk.lines().len() < 2_000);
 }
 
 #[tokio::test(start_paused = true)]

@@ -105,6 +105,13 @@ impl<'a> SharedRows<'a> {
         self.width
     }
 
+    /// The columns from `first` on, `width` of them.
+    pub(crate) fn columns(self, first: usize, width: usize) -> Self {
+        assert!(first + width <= self.width, "outside of the rows");
+        let len = self.len.saturating_sub(first);
+        Self { data: self.data.wrapping_add(first), len, width, ..self }
+    }
+
     /// `len` numbers of a row, from column `start` on.
     ///
     /// # Safety

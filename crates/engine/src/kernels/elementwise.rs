@@ -1,6 +1,9 @@
 //! What happens to rows between the products: norms, activations, rotation, softmax.
 
-use super::{Cpu, Kernel, LANES, Rows, SharedRows, Vector};
+use std::ops::Range;
+
+use super::{Cpu, Epilogue, Kernel, LANES, Rows, SharedRows, Vector};
+use crate::config::Activation;
 
 /// Rows of one piece of work.
 const PIECE_ROWS: usize = 16;
@@ -30,9 +33,55 @@ pub(super) fn exp(x: f32) -> f32 {
     sum * scale
 }
 
+/// `x / (1 + e^-x)`
+#[inline(always)]
+fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// `x * (1 + tanh(u)) / 2` with `u = sqrt(2 / pi) * (x + 0.044715 * x^3)`, which is `x / (1 + e^-2u)`.
+#[inline(always)]
+fn gelu_tanh(x: f32) -> f32 {
+    const TWICE_SQRT_2_PI: f32 = 1.595_769;
+    let cubic = (0.044_715 * x * x).mul_add(x, x);
+    x / (1.0 + exp(-TWICE_SQRT_2_PI * cubic))
+}
+
+/// `x * (1 + erf(x / sqrt(2))) / 2`
+#[inline(always)]
+fn gelu(x: f32) -> f32 {
+    0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
+}
+
+/// The error function, within 4e-7 (Abramowitz and Stegun, 7.1.26).
+#[inline(always)]
+fn erf(x: f32) -> f32 {
+    let t = 1.0 / x.abs().mul_add(0.327_591_1, 1.0);
+    let mut sum = 1.061_405_4;
+    for coefficient in [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
+        sum = t.mul_add(sum, coefficient);
+    }
+    (1.0 - sum * t * exp(-x * x)).copysign(x)
+}
+
+/// The hyperbolic tangent, within 1.2e-7.
+#[inline(always)]
+fn tanh(x: f32) -> f32 {
+    let small = exp(-2.0 * x.abs());
+    ((1.0 - small) / (1.0 + small)).copysign(x)
+}
+
+/// `x = cap * tanh(x / cap)`
+#[inline(always)]
+pub(crate) fn softcap_row(row: &mut [f32], cap: f32) {
+    for x in row {
+        *x = cap * tanh(*x / cap);
+    }
+}
+
 /// Sums lanes in a fixed tree.
 #[inline(always)]
-fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
+pub(crate) fn sum_lanes(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for lane in 0..width {
@@ -59,10 +108,16 @@ fn sum_of_squares(row: &[f32]) -> f32 {
     sum_lanes(sums)
 }
 
+/// `1 / rms(x)`
+#[inline(always)]
+fn rms_scale(x: &[f32], eps: f32) -> f32 {
+    1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt()
+}
+
 /// `out = x / rms(x) * weight`
 #[inline(always)]
 pub(crate) fn rms_norm_row(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let scale = 1.0 / (sum_of_squares(x) / x.len() as f32 + eps).sqrt();
+    let scale = rms_scale(x, eps);
     for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
         *out = x * scale * weight;
     }
@@ -80,11 +135,14 @@ pub(crate) fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
-/// Replaces scores by `e^(score - max)` and returns their sum: element `i` goes to lane `i % 16`, in order.
+/// Replaces scores by `e^(score - max)`, those before `first` by 0, and returns their sum: element `i` goes
+/// to lane `i % 16`, in order, so that 16 zeros more or less in front change nothing.
 #[inline(always)]
-pub(crate) fn softmax_row(scores: &mut [f32]) -> f32 {
+pub(crate) fn softmax_row(scores: &mut [f32], first: usize) -> f32 {
+    let (hidden, seen) = scores.split_at_mut(first);
+    hidden.fill(0.0);
     let mut max = f32::NEG_INFINITY;
-    let (chunks, rest) = scores.as_chunks::<LANES>();
+    let (chunks, rest) = seen.as_chunks::<LANES>();
     let mut maxima = [max; LANES];
     for chunk in chunks {
         for lane in 0..LANES {
@@ -94,7 +152,7 @@ pub(crate) fn softmax_row(scores: &mut [f32]) -> f32 {
     for x in maxima.iter().chain(rest) {
         max = if *x > max { *x } else { max };
     }
-    for score in scores.iter_mut() {
+    for score in seen {
         *score = exp(*score - max);
     }
     let mut sums = [0.0; LANES];
@@ -110,20 +168,19 @@ pub(crate) fn softmax_row(scores: &mut [f32]) -> f32 {
     sum_lanes(sums)
 }
 
-/// Norms rows `from[i]` of `x` into rows `i` of `out`.
+/// Norms rows `from[i]` of `x` into rows `i` of `out`, or adds them there.
 pub(crate) fn rms_norm(
     cpu: &Cpu,
-    x: Rows<'_>,
-    from: &[usize],
+    (x, from): (Rows<'_>, &[usize]),
     (weight, eps): (&[f32], f32),
-    out: SharedRows<'_>,
+    (out, epilogue): (SharedRows<'_>, Epilogue),
 ) {
     let width = out.width();
     let pieces = from.len().div_ceil(PIECE_ROWS);
     cpu.threads.share(pieces, from.len() * width * ELEMENT_WORK, |piece| {
         let first = piece * PIECE_ROWS;
         let from = &from[first..from.len().min(first + PIECE_ROWS)];
-        cpu.simd.run(RmsNorm { x, from, weight, eps, out, first });
+        cpu.simd.run(RmsNorm { x, from, weight, eps, out, epilogue, first });
     });
 }
 
@@ -133,6 +190,7 @@ struct RmsNorm<'a> {
     weight: &'a [f32],
     eps: f32,
     out: SharedRows<'a>,
+    epilogue: Epilogue,
     first: usize,
 }
 
@@ -144,28 +202,49 @@ impl Kernel for RmsNorm<'_> {
         for (i, &row) in self.from.iter().enumerate() {
             // SAFETY: each piece of work has rows of its own.
             let out = unsafe { self.out.slice_mut(self.first + i, 0, width) };
-            rms_norm_row(self.x.slice(row, 0, width), self.weight, self.eps, out);
+            let x = self.x.slice(row, 0, width);
+            match self.epilogue {
+                Epilogue::Store => rms_norm_row(x, self.weight, self.eps, out),
+                Epilogue::Add => {
+                    let scale = rms_scale(x, self.eps);
+                    for ((out, x), weight) in out.iter_mut().zip(x).zip(self.weight) {
+                        *out += x * scale * weight;
+                    }
+                }
+            }
         }
     }
 }
 
-/// `out = silu(gate) * up`, where a row of `gate_up` is the gates and then the ups.
-pub(crate) fn silu_mul(cpu: &Cpu, gate_up: Rows<'_>, num_rows: usize, out: SharedRows<'_>) {
+/// `out = activation(gate) * up`, where a row of `gate_up` is the gates and then the ups.
+pub(crate) fn gated(
+    cpu: &Cpu,
+    activation: Activation,
+    (gate_up, num_rows): (Rows<'_>, usize),
+    out: SharedRows<'_>,
+) {
     let width = out.width();
     let pieces = num_rows.div_ceil(PIECE_ROWS);
     cpu.threads.share(pieces, num_rows * width * ELEMENT_WORK * 2, |piece| {
         let rows = piece * PIECE_ROWS..num_rows.min((piece + 1) * PIECE_ROWS);
-        cpu.simd.run(SiluMul { gate_up, rows, out });
+        match activation {
+            Activation::Silu => cpu.simd.run(Gated { gate_up, rows, out, activation: silu }),
+            Activation::GeluTanh => {
+                cpu.simd.run(Gated { gate_up, rows, out, activation: gelu_tanh });
+            }
+            Activation::Gelu => cpu.simd.run(Gated { gate_up, rows, out, activation: gelu }),
+        }
     });
 }
 
-struct SiluMul<'a> {
+struct Gated<'a, F> {
     gate_up: Rows<'a>,
-    rows: std::ops::Range<usize>,
+    rows: Range<usize>,
     out: SharedRows<'a>,
+    activation: F,
 }
 
-impl Kernel for SiluMul<'_> {
+impl<F: Fn(f32) -> f32> Kernel for Gated<'_, F> {
     #[inline(always)]
     #[expect(unsafe_code, reason = "several threads write disjoint rows")]
     fn run<V: Vector>(self) {
@@ -176,8 +255,34 @@ impl Kernel for SiluMul<'_> {
             // SAFETY: each piece of work has rows of its own.
             let out = unsafe { self.out.slice_mut(row, 0, width) };
             for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                *out = gate / (1.0 + exp(-gate)) * up;
+                *out = (self.activation)(*gate) * up;
             }
+        }
+    }
+}
+
+/// Bounds rows `0..num_rows` ([`softcap_row`]).
+pub(crate) fn softcap(cpu: &Cpu, cap: f32, (rows, num_rows): (SharedRows<'_>, usize)) {
+    let pieces = num_rows.div_ceil(PIECE_ROWS);
+    cpu.threads.share(pieces, num_rows * rows.width() * ELEMENT_WORK * 2, |piece| {
+        let range = piece * PIECE_ROWS..num_rows.min((piece + 1) * PIECE_ROWS);
+        cpu.simd.run(Softcap { cap, rows, range });
+    });
+}
+
+struct Softcap<'a> {
+    cap: f32,
+    rows: SharedRows<'a>,
+    range: Range<usize>,
+}
+
+impl Kernel for Softcap<'_> {
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "several threads write disjoint rows")]
+    fn run<V: Vector>(self) {
+        for row in self.range {
+            // SAFETY: each piece of work has rows of its own.
+            softcap_row(unsafe { self.rows.slice_mut(row, 0, self.rows.width()) }, self.cap);
         }
     }
 }
@@ -202,6 +307,38 @@ mod tests {
     }
 
     #[test]
+    fn activations_agree_with_f64() {
+        for i in -4000..4000 {
+            let x = i as f32 / 400.0;
+            let wide = f64::from(x);
+            let u = (2.0 / std::f64::consts::PI).sqrt() * (wide + 0.044_715 * wide.powi(3));
+            // The integral of the bell, by Simpson's rule.
+            let bell = |t: f64| (-t * t / 2.0).exp() / std::f64::consts::TAU.sqrt();
+            let step = wide / 200.0;
+            let simpson = |k: usize| match k {
+                0 | 200 => 1.0,
+                k if k % 2 == 1 => 4.0,
+                _ => 2.0,
+            };
+            let area: f64 = (0..=200).map(|k| simpson(k) * bell(k as f64 * step)).sum();
+            let pairs = [
+                (silu(x), wide / (1.0 + (-wide).exp())),
+                (gelu_tanh(x), wide / 2.0 * (1.0 + u.tanh())),
+                (gelu(x), wide * (0.5 + area * step / 3.0)),
+                (tanh(x), wide.tanh()),
+            ];
+            for (k, (got, want)) in pairs.into_iter().enumerate() {
+                let error = (f64::from(got) - want).abs();
+                assert!(error < 5e-7 * wide.abs().max(1.0), "{k} of {x} is {got} not {want}");
+            }
+        }
+        let mut row = [0.0, 25.0, -1e9, 1e9];
+        softcap_row(&mut row, 50.0);
+        assert!((row[1] - 23.105_858).abs() < 1e-5, "{row:?}");
+        assert_eq!((row[0], row[2], row[3]), (0.0, -50.0, 50.0));
+    }
+
+    #[test]
     fn norm_agrees_with_f64() {
         let x: Vec<f32> = (0..77).map(|i| ((i * 37 % 101) as f32 - 50.0) / 13.0).collect();
         let weight: Vec<f32> = (0..77).map(|i| 0.5 + i as f32 / 77.0).collect();
@@ -219,10 +356,13 @@ mod tests {
         let scores: Vec<f32> = (0..53).map(|i| ((i * 29 % 53) as f32 - 20.0) / 3.0).collect();
         let total: f64 = scores.iter().map(|x| f64::from(*x).exp()).sum();
         let mut weights = scores.clone();
-        let sum = softmax_row(&mut weights);
+        let sum = softmax_row(&mut weights, 0);
         for (weight, score) in weights.iter().zip(&scores) {
             let want = f64::from(*score).exp() / total;
             assert!((f64::from(weight / sum) - want).abs() < 1e-6);
         }
+        let mut shifted = [vec![7.0; 32], scores].concat();
+        assert_eq!(softmax_row(&mut shifted, 32).to_bits(), sum.to_bits());
+        assert_eq!(shifted, [vec![0.0; 32], weights].concat());
     }
 }

@@ -1,4 +1,11 @@
-//! Sixteen `f32` side by side: in memory ([`Lanes`], [`Bf16Lanes`]) and in registers ([`Vector`]).
+//! Sixteen numbers side by side: in memory, in every format ([`Lanes`] and the like), and as `f32` in
+//! registers ([`Vector`]).
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Avx2, Avx512};
 
 /// Number of lanes, on every machine.
 pub(crate) const LANES: usize = 16;
@@ -12,32 +19,77 @@ impl Lanes {
     pub(crate) const ZERO: Self = Self([0.0; LANES]);
 }
 
+/// Sixteen half precision numbers in memory, as bits.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(32))]
+pub(crate) struct F16Lanes(pub(crate) [u16; LANES]);
+
 /// Sixteen bfloat16 in memory: the upper halves of the `f32` they stand for.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(32))]
 pub(crate) struct Bf16Lanes(pub(crate) [u16; LANES]);
 
-impl Bf16Lanes {
-    pub(crate) const ZERO: Self = Self([0; LANES]);
-}
+/// Sixteen whole numbers of a byte in memory.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(16))]
+pub(crate) struct I8Lanes(pub(crate) [i8; LANES]);
+
+/// Sixteen bytes in memory.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(16))]
+pub(crate) struct U8Lanes(pub(crate) [u8; LANES]);
 
 /// Memory that a [`Vector`] can be loaded from.
 pub(crate) trait Stored: Copy + Send + Sync {
+    /// All zero.
+    const ZERO: Self;
+
     /// The numbers, in registers.
     fn load<V: Vector>(&self) -> V;
 }
 
 impl Stored for Lanes {
+    const ZERO: Self = Self::ZERO;
+
     #[inline(always)]
     fn load<V: Vector>(&self) -> V {
         V::load(self)
     }
 }
 
+impl Stored for F16Lanes {
+    const ZERO: Self = Self([0; LANES]);
+
+    #[inline(always)]
+    fn load<V: Vector>(&self) -> V {
+        V::load_f16(self)
+    }
+}
+
 impl Stored for Bf16Lanes {
+    const ZERO: Self = Self([0; LANES]);
+
     #[inline(always)]
     fn load<V: Vector>(&self) -> V {
         V::load_bf16(self)
+    }
+}
+
+impl Stored for I8Lanes {
+    const ZERO: Self = Self([0; LANES]);
+
+    #[inline(always)]
+    fn load<V: Vector>(&self) -> V {
+        V::load_i8(self)
+    }
+}
+
+impl Stored for U8Lanes {
+    const ZERO: Self = Self([0; LANES]);
+
+    #[inline(always)]
+    fn load<V: Vector>(&self) -> V {
+        V::load_u8(self)
     }
 }
 
@@ -46,23 +98,34 @@ impl Stored for Bf16Lanes {
 /// The implementations for an instruction set may only be named where it is enabled, that is as the
 /// `V` of [`super::Kernel::run`].
 pub(crate) trait Vector: Copy {
-    /// Whether there are registers for tiles of 8 rows by 2 vectors.
-    const WIDE: bool;
+    /// Most rows of a tile: as many as there are registers for.
+    const MAX_ROWS: usize;
 
     /// All zero.
     fn zero() -> Self;
     /// Reads 16 numbers.
     fn load(from: &Lanes) -> Self;
     /// Reads and widens 16 numbers.
+    fn load_f16(from: &F16Lanes) -> Self;
+    /// Reads and widens 16 numbers.
     fn load_bf16(from: &Bf16Lanes) -> Self;
+    /// Reads and widens 16 numbers.
+    fn load_i8(from: &I8Lanes) -> Self;
+    /// Reads and widens 16 numbers.
+    fn load_u8(from: &U8Lanes) -> Self;
     /// `self + x * w`, rounded once.
     fn fma(self, x: f32, w: Self) -> Self;
+    /// `self * by`, lane by lane.
+    fn mul(self, by: Self) -> Self;
+    /// `self - minus`, lane by lane.
+    fn sub(self, minus: Self) -> Self;
     /// Writes 16 numbers.
     fn store(self, to: &mut Lanes);
 }
 
 impl Vector for Lanes {
-    const WIDE: bool = false;
+    // Without an instruction set of its own, x86 has no fused multiply-add: tiles would spare nothing.
+    const MAX_ROWS: usize = if cfg!(target_arch = "x86_64") { 1 } else { 6 };
 
     #[inline(always)]
     fn zero() -> Self {
@@ -75,8 +138,23 @@ impl Vector for Lanes {
     }
 
     #[inline(always)]
+    fn load_f16(from: &F16Lanes) -> Self {
+        Self(from.0.map(|bits| half::f16::from_bits(bits).to_f32_const()))
+    }
+
+    #[inline(always)]
     fn load_bf16(from: &Bf16Lanes) -> Self {
         Self(from.0.map(|bits| f32::from_bits(u32::from(bits) << 16)))
+    }
+
+    #[inline(always)]
+    fn load_i8(from: &I8Lanes) -> Self {
+        Self(from.0.map(f32::from))
+    }
+
+    #[inline(always)]
+    fn load_u8(from: &U8Lanes) -> Self {
+        Self(from.0.map(f32::from))
     }
 
     #[inline(always)]
@@ -88,120 +166,65 @@ impl Vector for Lanes {
     }
 
     #[inline(always)]
+    fn mul(mut self, by: Self) -> Self {
+        for (x, by) in self.0.iter_mut().zip(by.0) {
+            *x *= by;
+        }
+        self
+    }
+
+    #[inline(always)]
+    fn sub(mut self, minus: Self) -> Self {
+        for (x, minus) in self.0.iter_mut().zip(minus.0) {
+            *x -= minus;
+        }
+        self
+    }
+
+    #[inline(always)]
     fn store(self, to: &mut Lanes) {
         *to = self;
     }
 }
 
-#[cfg(target_arch = "x86_64")]
-pub(super) use x86::{Avx2, Avx512};
+#[cfg(test)]
+mod tests {
+    use super::super::{Kernel, Simd};
+    use super::*;
 
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::{
-        __m256, __m512, _mm_load_si128, _mm256_castsi256_ps, _mm256_cvtepu16_epi32,
-        _mm256_fmadd_ps, _mm256_load_ps, _mm256_load_si256, _mm256_set1_ps, _mm256_setzero_ps,
-        _mm256_slli_epi32, _mm256_store_ps, _mm512_castsi512_ps, _mm512_cvtepu16_epi32,
-        _mm512_fmadd_ps, _mm512_load_ps, _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32,
-        _mm512_store_ps,
-    };
+    struct Widen<'a>(&'a mut Vec<u32>);
 
-    use super::{Bf16Lanes, Lanes, Vector};
-
-    /// One AVX-512 register.
-    #[derive(Clone, Copy)]
-    pub(in crate::kernels) struct Avx512(__m512);
-
-    #[expect(unsafe_code, reason = "vector instructions")]
-    impl Vector for Avx512 {
-        const WIDE: bool = true;
-
+    impl Kernel for Widen<'_> {
         #[inline(always)]
-        fn zero() -> Self {
-            // SAFETY: only named under avx512f.
-            Self(unsafe { _mm512_setzero_ps() })
-        }
-
-        #[inline(always)]
-        fn load(from: &Lanes) -> Self {
-            // SAFETY: only named under avx512f; 16 numbers, aligned to 64 bytes.
-            Self(unsafe { _mm512_load_ps(from.0.as_ptr()) })
-        }
-
-        #[inline(always)]
-        fn load_bf16(from: &Bf16Lanes) -> Self {
-            // SAFETY: only named under avx512f; 32 bytes, aligned to 32.
-            Self(unsafe {
-                let halves = _mm256_load_si256(from.0.as_ptr().cast());
-                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
-            })
-        }
-
-        #[inline(always)]
-        fn fma(self, x: f32, w: Self) -> Self {
-            // SAFETY: only named under avx512f.
-            Self(unsafe { _mm512_fmadd_ps(_mm512_set1_ps(x), w.0, self.0) })
-        }
-
-        #[inline(always)]
-        fn store(self, to: &mut Lanes) {
-            // SAFETY: only named under avx512f; room for 16 numbers, aligned to 64 bytes.
-            unsafe { _mm512_store_ps(to.0.as_mut_ptr(), self.0) }
+        fn run<V: Vector>(self) {
+            let mut widen = |vector: V| {
+                let mut lanes = Lanes::ZERO;
+                vector.store(&mut lanes);
+                self.0.extend(lanes.0.map(f32::to_bits));
+            };
+            for first in (0..1 << 16).step_by(LANES) {
+                let bits: [u16; LANES] = std::array::from_fn(|lane| (first + lane) as u16);
+                // Numbers that are none differ in bits that mean nothing.
+                let is_number = |bits: &u16| half::f16::from_bits(*bits).is_finite();
+                widen(F16Lanes(bits.map(|x| if is_number(&x) { x } else { 0 })).load());
+                widen(Bf16Lanes(bits).load());
+                widen(U8Lanes(bits.map(|x| x as u8)).load());
+                widen(I8Lanes(bits.map(|x| x as i8)).load::<V>().mul(V::zero()));
+                widen(U8Lanes(bits.map(|x| x as u8)).load::<V>().sub(V::zero()));
+                widen(I8Lanes(bits.map(|x| x as i8)).load());
+            }
         }
     }
 
-    /// Two AVX2 registers.
-    #[derive(Clone, Copy)]
-    pub(in crate::kernels) struct Avx2(__m256, __m256);
-
-    #[expect(unsafe_code, reason = "vector instructions")]
-    impl Vector for Avx2 {
-        const WIDE: bool = false;
-
-        #[inline(always)]
-        fn zero() -> Self {
-            // SAFETY: only named under avx2 and fma.
-            unsafe { Self(_mm256_setzero_ps(), _mm256_setzero_ps()) }
+    #[test]
+    fn every_instruction_set_widens_every_number_alike() {
+        let mut expected = Vec::new();
+        Widen(&mut expected).run::<Lanes>();
+        for simd in Simd::available() {
+            let mut bits = Vec::new();
+            simd.run(Widen(&mut bits));
+            assert!(bits == expected, "{} differs", simd.name());
         }
-
-        #[inline(always)]
-        fn load(from: &Lanes) -> Self {
-            let (low, high) = from.0.split_at(8);
-            // SAFETY: only named under avx2 and fma; twice 8 numbers, aligned to 32 bytes.
-            unsafe { Self(_mm256_load_ps(low.as_ptr()), _mm256_load_ps(high.as_ptr())) }
-        }
-
-        #[inline(always)]
-        fn load_bf16(from: &Bf16Lanes) -> Self {
-            let (low, high) = from.0.split_at(8);
-            // SAFETY: only named under avx2 and fma; twice 16 bytes, aligned to 16.
-            unsafe {
-                let low = _mm256_cvtepu16_epi32(_mm_load_si128(low.as_ptr().cast()));
-                let high = _mm256_cvtepu16_epi32(_mm_load_si128(high.as_ptr().cast()));
-                Self(
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
-                )
-            }
-        }
-
-        #[inline(always)]
-        fn fma(self, x: f32, w: Self) -> Self {
-            // SAFETY: only named under avx2 and fma.
-            unsafe {
-                let x = _mm256_set1_ps(x);
-                Self(_mm256_fmadd_ps(x, w.0, self.0), _mm256_fmadd_ps(x, w.1, self.1))
-            }
-        }
-
-        #[inline(always)]
-        fn store(self, to: &mut Lanes) {
-            let (low, high) = to.0.split_at_mut(8);
-            // SAFETY: only named under avx2 and fma; room for twice 8 numbers, aligned to 32 bytes.
-            unsafe {
-                _mm256_store_ps(low.as_mut_ptr(), self.0);
-                _mm256_store_ps(high.as_mut_ptr(), self.1);
-            }
-        }
+        assert_eq!(f32::from_bits(expected[6 * (1 << 16) - 1]), -1.0);
     }
 }

@@ -1,69 +1,15 @@
-//! Linear layers: weights packed into panels at load, then rows times weights.
+//! Linear layers: rows times packed weights.
 
+use super::blocks::BlockProduct;
 use super::lanes::Stored;
-use super::product::Finish;
-use super::{Bf16Lanes, Cpu, LANES, Lanes, Operand, Product, Rows, SharedRows, Threads};
+use super::packed::{PackedMatrix, Panels};
+use super::{Cpu, Finish, LANES, Operand, Product, Rows, SharedRows};
 
 /// Rows of one piece of work: a panel stays in the nearest cache while they pass.
-const PIECE_ROWS: usize = 96;
+pub(super) const PIECE_ROWS: usize = 96;
 
 /// Panels of one piece of work.
-const PIECE_PANELS: usize = 4;
-
-/// The weights of a linear layer, `(out_features, in_features)`, as panels of 16 outputs.
-///
-/// Inside a panel `k` (the input) is the slow index. Bfloat16 stays as it is, half the memory to read
-/// for the very same numbers.
-#[derive(Debug)]
-pub(crate) struct PackedMatrix {
-    panels: Panels,
-    in_features: usize,
-    out_features: usize,
-}
-
-#[derive(Debug)]
-enum Panels {
-    F32(Vec<Lanes>),
-    Bf16(Vec<Bf16Lanes>),
-}
-
-impl PackedMatrix {
-    /// Packs a matrix whose rows (the weights of one output) `decode` writes out.
-    ///
-    /// With `bf16`, all of them must be bfloat16 numbers.
-    pub(crate) fn pack(
-        threads: &Threads,
-        (out_features, in_features): (usize, usize),
-        bf16: bool,
-        decode: impl Fn(usize, &mut [f32]) + Sync,
-    ) -> Self {
-        let len = out_features.div_ceil(LANES) * in_features;
-        let pack_panel =
-            |panel: usize, row: &mut Vec<f32>, set: &mut dyn FnMut(usize, usize, f32)| {
-                row.resize(in_features, 0.0);
-                for lane in 0..LANES.min(out_features - panel * LANES) {
-                    decode(panel * LANES + lane, row);
-                    row.iter().enumerate().for_each(|(k, weight)| set(k, lane, *weight));
-                }
-            };
-        let panels = if bf16 {
-            let mut panels = vec![Bf16Lanes::ZERO; len];
-            threads.share_chunks(&mut panels, in_features, |panel, row, lanes| {
-                pack_panel(panel, row, &mut |k, lane, weight| {
-                    lanes[k].0[lane] = (weight.to_bits() >> 16) as u16;
-                });
-            });
-            Panels::Bf16(panels)
-        } else {
-            let mut panels = vec![Lanes::ZERO; len];
-            threads.share_chunks(&mut panels, in_features, |panel, row, lanes| {
-                pack_panel(panel, row, &mut |k, lane, weight| lanes[k].0[lane] = weight);
-            });
-            Panels::F32(panels)
-        };
-        Self { panels, in_features, out_features }
-    }
-}
+pub(super) const PIECE_PANELS: usize = 4;
 
 /// What becomes of the output that was there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -117,62 +63,177 @@ pub(crate) fn matmul(
         (Epilogue::Store, Some(bias)) => Finish::StoreBiased(bias),
         (Epilogue::Add, Some(bias)) => Finish::AddBiased(bias),
     };
-    let PackedMatrix { panels, in_features, out_features } = &linear.weight;
+    let PackedMatrix { parts, in_features, out_features } = &linear.weight;
     assert_eq!(out.width(), *out_features, "width of the output");
-    let num_panels = out_features.div_ceil(LANES);
-    let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
-    let num_panel_pieces = num_panels.div_ceil(PIECE_PANELS);
-    let work = num_rows * in_features * out_features;
-    cpu.threads.share(num_row_pieces * num_panel_pieces, work, |piece| {
-        let first_row = piece / num_panel_pieces * PIECE_ROWS;
-        let first_panel = piece % num_panel_pieces * PIECE_PANELS;
-        let rows = first_row..(first_row + PIECE_ROWS).min(num_rows);
-        let columns = first_panel..(first_panel + PIECE_PANELS).min(num_panels);
-        let in_features = *in_features;
-        match panels {
-            Panels::F32(panels) => {
-                let w = Contiguous { panels, in_features };
-                cpu.simd.run(Product { x, rows, w, panels: columns, out, finish });
+    for part in parts {
+        let finish = finish.at_column(part.first_output);
+        let out = out.columns(part.first_output, part.num_outputs);
+        let num_panels = part.num_outputs.div_ceil(LANES);
+        let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
+        let num_panel_pieces = num_panels.div_ceil(PIECE_PANELS);
+        let work = num_rows * in_features * part.num_outputs;
+        cpu.threads.share(num_row_pieces * num_panel_pieces, work, |piece| {
+            let first_row = piece / num_panel_pieces * PIECE_ROWS;
+            let first_panel = piece % num_panel_pieces * PIECE_PANELS;
+            let rows = first_row..(first_row + PIECE_ROWS).min(num_rows);
+            let panels = first_panel..(first_panel + PIECE_PANELS).min(num_panels);
+            let in_features = *in_features;
+            match &part.panels {
+                Panels::F32(lanes) => {
+                    let w = Contiguous { panels: lanes, in_features };
+                    cpu.simd.run(Product { x, rows, w, panels, out, finish });
+                }
+                Panels::F16(lanes) => {
+                    let w = Contiguous { panels: lanes, in_features };
+                    cpu.simd.run(Product { x, rows, w, panels, out, finish });
+                }
+                Panels::Bf16(lanes) => {
+                    let w = Contiguous { panels: lanes, in_features };
+                    cpu.simd.run(Product { x, rows, w, panels, out, finish });
+                }
+                Panels::Block(w) => {
+                    cpu.simd.run(BlockProduct { x, rows, w, in_features, panels, out, finish });
+                }
             }
-            Panels::Bf16(panels) => {
-                let w = Contiguous { panels, in_features };
-                cpu.simd.run(Product { x, rows, w, panels: columns, out, finish });
-            }
-        }
-    });
+        });
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{Activations, Simd};
+    use super::super::{Activations, RowSource, Simd, Threads};
     use super::*;
+    use crate::quant::BlockFormat;
+    use crate::weights::Format;
 
-    /// Numbers from -1 to 1 that bfloat16 holds.
+    /// Numbers from -1 to 1 that bfloat16 and half precision hold.
     fn number(seed: usize) -> f32 {
         let mixed = (seed as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 57;
         (mixed as f32 - 64.0) / 64.0
     }
 
-    fn multiply(
-        cpu: &Cpu,
-        (rows, k, n): (usize, usize, usize),
-        bf16: bool,
-        bias: bool,
-    ) -> Vec<f32> {
-        let weight = PackedMatrix::pack(&cpu.threads, (n, k), bf16, |row, out| {
-            out.iter_mut().enumerate().for_each(|(i, out)| *out = number(row * k + i));
-        });
-        let linear = Linear { weight, bias: bias.then(|| (0..n).map(number).collect()) };
+    /// A row's bytes in a format; of blocks any bytes will do, with scales about 1.
+    fn row_bytes(format: Format, row: usize, bytes: &mut [u8]) {
+        let Format::Block(block) = format else {
+            let numbers: Vec<f32> =
+                (0..bytes.len() / format.num_bytes(1)).map(|k| number(row * 1000 + k)).collect();
+            format.encode(&numbers, bytes);
+            return;
+        };
+        for (i, byte) in bytes.iter_mut().enumerate() {
+            *byte = ((row * 7919 + i) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes()[7];
+        }
+        let halves: &[usize] = match block {
+            BlockFormat::Q4_1 | BlockFormat::Q5_1 | BlockFormat::Q4K | BlockFormat::Q5K => &[0, 2],
+            BlockFormat::Q2K => &[80, 82],
+            BlockFormat::Q3K => &[108],
+            BlockFormat::Q6K => &[208],
+            _ => &[0],
+        };
+        for (index, bytes) in bytes.chunks_mut(block.block_bytes()).enumerate() {
+            for at in halves {
+                let half = half::f16::from_f32(number(row + index + at) / 256.0);
+                bytes[*at..at + 2].copy_from_slice(&half.to_le_bytes());
+            }
+        }
+    }
+
+    /// A matrix of several formats, one behind the other.
+    fn pack(threads: &Threads, in_features: usize, parts: &[(Format, usize)]) -> PackedMatrix {
+        let writes: Vec<_> = parts
+            .iter()
+            .map(|(format, _)| |row: usize, bytes: &mut [u8]| row_bytes(*format, row, bytes))
+            .collect();
+        let sources: Vec<_> = parts
+            .iter()
+            .zip(&writes)
+            .map(|((format, num_rows), write)| RowSource {
+                format: *format,
+                num_rows: *num_rows,
+                write,
+            })
+            .collect();
+        PackedMatrix::pack(threads, in_features, &sources)
+    }
+
+    fn decoded(in_features: usize, parts: &[(Format, usize)]) -> Vec<Vec<f32>> {
+        let row = |format: Format, row: usize| {
+            let mut bytes = vec![0; format.num_bytes(in_features)];
+            row_bytes(format, row, &mut bytes);
+            let mut out = vec![0.0; in_features];
+            format.decode(&bytes, &mut out);
+            out
+        };
+        parts.iter().flat_map(|(format, len)| (0..*len).map(|i| row(*format, i))).collect()
+    }
+
+    fn multiply(cpu: &Cpu, rows: usize, linear: &Linear) -> Vec<f32> {
+        let (k, n) = (linear.weight.in_features, linear.weight.out_features);
         let mut x = Activations::new(rows, k);
         let mut out = Activations::new(rows, n);
         for row in 0..rows {
             x.row_mut(row).iter_mut().enumerate().for_each(|(i, x)| *x = number(7 + row * k + i));
         }
-        matmul(cpu, (x.rows(), rows), &linear, (out.shared(), Epilogue::Store));
-        matmul(cpu, (x.rows(), rows), &linear, (out.shared(), Epilogue::Add));
+        matmul(cpu, (x.rows(), rows), linear, (out.shared(), Epilogue::Store));
+        matmul(cpu, (x.rows(), rows), linear, (out.shared(), Epilogue::Add));
         (0..rows).flat_map(|row| out.row(row).to_vec()).collect()
+    }
+
+    fn formats() -> Vec<Format> {
+        let blocks = BlockFormat::ALL.map(Format::Block);
+        [Format::F32, Format::F16, Format::Bf16].into_iter().chain(blocks).collect()
+    }
+
+    /// Checks one matrix everywhere against `f64`, and every output of it against what it decodes to.
+    fn check(rows: usize, k: usize, parts: &[(Format, usize)], bias: bool) {
+        let weights = decoded(k, parts);
+        let mut results = Vec::new();
+        for simd in Simd::available() {
+            for num_threads in [1, 2] {
+                let cpu = Cpu { simd, threads: Threads::new(num_threads).unwrap() };
+                let weight = pack(&cpu.threads, k, parts);
+                let mut row = vec![0.0; k];
+                for (output, want) in weights.iter().enumerate() {
+                    weight.row(simd, output, &mut row);
+                    assert_eq!(&row, want, "{}: output {output} of {parts:?}", simd.name());
+                }
+                let bias = bias.then(|| (0..weights.len()).map(number).collect());
+                results.push(multiply(&cpu, rows, &Linear { weight, bias }));
+            }
+        }
+        for row in 0..rows {
+            for (column, weights) in weights.iter().enumerate() {
+                let products = weights
+                    .iter()
+                    .enumerate()
+                    .map(|(i, weight)| f64::from(number(7 + row * k + i)) * f64::from(*weight));
+                let (sum, size) =
+                    products.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + f64::abs(x)));
+                let want = 2.0 * (sum + if bias { f64::from(number(column)) } else { 0.0 });
+                let got = f64::from(results[0][row * weights_len(parts) + column]);
+                let bound = 1e-6 * (size + 1.0) * (k as f64).sqrt();
+                assert!((got - want).abs() < bound, "({row}, {column}) is {got}, not {want}");
+            }
+        }
+        for other in &results[1..] {
+            let same = other.iter().zip(&results[0]).all(|(a, b)| a.to_bits() == b.to_bits());
+            assert!(same, "instruction sets or threads differ for {parts:?}");
+        }
+    }
+
+    fn weights_len(parts: &[(Format, usize)]) -> usize {
+        parts.iter().map(|(_, len)| len).sum()
+    }
+
+    #[test]
+    fn every_format_multiplies_as_what_it_decodes_to() {
+        for format in formats() {
+            for (rows, k, n) in [(1, 256, 16), (3, 512, 70), (9, 256, 33), (100, 768, 5)] {
+                check(rows, k, &[(format, n)], rows % 2 == 1);
+            }
+        }
     }
 
     proptest! {
@@ -182,29 +243,15 @@ mod tests {
         fn product_agrees_with_f64_and_is_the_same_everywhere(
             rows in 1usize..30, k in 1usize..70, n in 1usize..150, bias: bool,
         ) {
-            let mut results = Vec::new();
-            for simd in Simd::available() {
-                for num_threads in [1, 2] {
-                    let cpu = Cpu { simd, threads: Threads::new(num_threads).unwrap() };
-                    for bf16 in [false, true] {
-                        results.push(multiply(&cpu, (rows, k, n), bf16, bias));
-                    }
-                }
-            }
-            for row in 0..rows {
-                for column in 0..n {
-                    let sum: f64 = (0..k)
-                        .map(|i| f64::from(number(7 + row * k + i)) * f64::from(number(column * k + i)))
-                        .sum();
-                    let want = 2.0 * (sum + if bias { f64::from(number(column)) } else { 0.0 });
-                    let got = f64::from(results[0][row * n + column]);
-                    prop_assert!((got - want).abs() < 1e-4, "({row}, {column}) is {got}, not {want}");
-                }
-            }
-            for other in &results[1..] {
-                let same = other.iter().zip(&results[0]).all(|(a, b)| a.to_bits() == b.to_bits());
-                prop_assert!(same, "instruction sets, threads or formats differ");
-            }
+            check(rows, k, &[(Format::F32, n), (Format::Bf16, n / 2), (Format::F16, 3)], bias);
+        }
+
+        #[test]
+        fn a_matrix_of_several_formats_is_one_matrix(
+            rows in 1usize..12,
+            parts in proptest::collection::vec((proptest::sample::select(formats()), 1usize..40), 1..4),
+        ) {
+            check(rows, 256, &parts, true);
         }
     }
 }

@@ -33,9 +33,107 @@ pub(crate) enum Finish<'a> {
     AddBiased(&'a [f32]),
 }
 
+impl<'a> Finish<'a> {
+    /// The same for the columns from `first` on.
+    pub(crate) fn at_column(self, first: usize) -> Self {
+        match self {
+            Self::Store | Self::Add => self,
+            Self::StoreBiased(bias) => Self::StoreBiased(&bias[first..]),
+            Self::AddBiased(bias) => Self::AddBiased(&bias[first..]),
+        }
+    }
+
+    /// Writes the sums of 16 columns, as many of them as there are.
+    ///
+    /// # Safety
+    /// Nobody else may hold these columns of this row meanwhile.
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
+    pub(crate) unsafe fn write(self, out: SharedRows<'_>, row: usize, column: usize, sums: &Lanes) {
+        let len = LANES.min(out.width() - column);
+        // SAFETY: the caller answers for it.
+        let out = unsafe { out.slice_mut(row, column, len) };
+        match self {
+            Self::Store => out.copy_from_slice(&sums.0[..len]),
+            Self::Add => {
+                for (out, sum) in out.iter_mut().zip(sums.0) {
+                    *out += sum;
+                }
+            }
+            Self::StoreBiased(bias) => {
+                for ((out, sum), bias) in out.iter_mut().zip(sums.0).zip(&bias[column..]) {
+                    *out = sum + bias;
+                }
+            }
+            Self::AddBiased(bias) => {
+                for ((out, sum), bias) in out.iter_mut().zip(sums.0).zip(&bias[column..]) {
+                    *out += sum + bias;
+                }
+            }
+        }
+    }
+}
+
+/// Something that is computed in tiles of some rows by some panels.
+pub(crate) trait Tiled {
+    /// Computes `R` rows by `P` panels.
+    fn tile<V: Vector, const R: usize, const P: usize>(&mut self, row: usize, panel: usize);
+}
+
+/// Computes all tiles: as many sums at a time as registers hold, enough of them to hide the latency of
+/// an addition.
+#[inline(always)]
+pub(crate) fn for_each_tile<V: Vector>(
+    tiled: &mut impl Tiled,
+    rows: Range<usize>,
+    panels: Range<usize>,
+) {
+    let mut row = rows.start;
+    while row < rows.end {
+        let num_rows = (rows.end - row).min(V::MAX_ROWS);
+        let panels = panels.clone();
+        match (V::MAX_ROWS, num_rows) {
+            (1, _) => tile_row::<V, 1, 1>(tiled, row, panels),
+            (_, 1) => tile_row::<V, 1, 4>(tiled, row, panels),
+            (8, 2) => tile_row::<V, 2, 4>(tiled, row, panels),
+            (8, 3) => tile_row::<V, 3, 4>(tiled, row, panels),
+            (8, 4) => tile_row::<V, 4, 4>(tiled, row, panels),
+            (8, 5) => tile_row::<V, 5, 2>(tiled, row, panels),
+            (8, 6) => tile_row::<V, 6, 2>(tiled, row, panels),
+            (8, 7) => tile_row::<V, 7, 2>(tiled, row, panels),
+            (8, _) => tile_row::<V, 8, 2>(tiled, row, panels),
+            (_, 2) => tile_row::<V, 2, 2>(tiled, row, panels),
+            (_, 3) => tile_row::<V, 3, 2>(tiled, row, panels),
+            (_, 4) => tile_row::<V, 4, 1>(tiled, row, panels),
+            (_, 5) => tile_row::<V, 5, 1>(tiled, row, panels),
+            (_, _) => tile_row::<V, 6, 1>(tiled, row, panels),
+        }
+        row += num_rows;
+    }
+}
+
+/// `R` rows by all panels, `P` at a time.
+#[inline(always)]
+fn tile_row<V: Vector, const R: usize, const P: usize>(
+    tiled: &mut impl Tiled,
+    row: usize,
+    panels: Range<usize>,
+) {
+    let mut panel = panels.start;
+    while panel + P <= panels.end {
+        tiled.tile::<V, R, P>(row, panel);
+        panel += P;
+    }
+    while panel < panels.end {
+        tiled.tile::<V, R, 1>(row, panel);
+        panel += 1;
+    }
+}
+
 /// `out[rows, 16 * panels] = x[rows, k] * w[panels]`.
 ///
 /// Whoever runs it must be the only one to touch those rows and columns of `out`.
+#[derive(Clone)]
 pub(crate) struct Product<'a, W> {
     /// The left-hand side.
     pub(crate) x: Rows<'a>,
@@ -53,51 +151,16 @@ pub(crate) struct Product<'a, W> {
 
 impl<W: Operand> Kernel for Product<'_, W> {
     #[inline(always)]
-    fn run<V: Vector>(self) {
-        let max_rows = if V::WIDE { 8 } else { 6 };
-        let mut row = self.rows.start;
-        while row < self.rows.end {
-            let num_rows = (self.rows.end - row).min(max_rows);
-            // Rows by panels of a tile: as many sums as registers hold, enough of them to hide the
-            // latency of an addition.
-            match (V::WIDE, num_rows) {
-                (_, 1) => self.block::<V, 1, 4>(row),
-                (true, 2) => self.block::<V, 2, 4>(row),
-                (true, 3) => self.block::<V, 3, 4>(row),
-                (true, 4) => self.block::<V, 4, 4>(row),
-                (true, 5) => self.block::<V, 5, 2>(row),
-                (true, 6) => self.block::<V, 6, 2>(row),
-                (true, 7) => self.block::<V, 7, 2>(row),
-                (true, _) => self.block::<V, 8, 2>(row),
-                (false, 2) => self.block::<V, 2, 2>(row),
-                (false, 3) => self.block::<V, 3, 2>(row),
-                (false, 4) => self.block::<V, 4, 1>(row),
-                (false, 5) => self.block::<V, 5, 1>(row),
-                (false, _) => self.block::<V, 6, 1>(row),
-            }
-            row += num_rows;
-        }
+    fn run<V: Vector>(mut self) {
+        let (rows, panels) = (self.rows.clone(), self.panels.clone());
+        for_each_tile::<V>(&mut self, rows, panels);
     }
 }
 
-impl<W: Operand> Product<'_, W> {
-    /// `R` rows by all panels, `P` at a time.
+impl<W: Operand> Tiled for Product<'_, W> {
     #[inline(always)]
-    fn block<V: Vector, const R: usize, const P: usize>(&self, row: usize) {
-        let mut panel = self.panels.start;
-        while panel + P <= self.panels.end {
-            self.tile::<V, R, P>(row, panel);
-            panel += P;
-        }
-        while panel < self.panels.end {
-            self.tile::<V, R, 1>(row, panel);
-            panel += 1;
-        }
-    }
-
-    /// `R` rows by `P` panels.
-    #[inline(always)]
-    fn tile<V: Vector, const R: usize, const P: usize>(&self, row: usize, panel: usize) {
+    #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
+    fn tile<V: Vector, const R: usize, const P: usize>(&mut self, row: usize, panel: usize) {
         let mut sums = [[V::zero(); P]; R];
         let mut k = 0;
         for s in 0..self.w.num_segments() {
@@ -112,33 +175,8 @@ impl<W: Operand> Product<'_, W> {
             for (p, sum) in sums.into_iter().enumerate() {
                 let mut lanes = Lanes::ZERO;
                 sum.store(&mut lanes);
-                self.write(row + r, (panel + p) * LANES, &lanes);
-            }
-        }
-    }
-
-    #[inline(always)]
-    #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
-    fn write(&self, row: usize, column: usize, sums: &Lanes) {
-        let len = LANES.min(self.out.width() - column);
-        // SAFETY: the rows and columns of this product are the runner's alone; tiles are disjoint.
-        let out = unsafe { self.out.slice_mut(row, column, len) };
-        match self.finish {
-            Finish::Store => out.copy_from_slice(&sums.0[..len]),
-            Finish::Add => {
-                for (out, sum) in out.iter_mut().zip(sums.0) {
-                    *out += sum;
-                }
-            }
-            Finish::StoreBiased(bias) => {
-                for ((out, sum), bias) in out.iter_mut().zip(sums.0).zip(&bias[column..]) {
-                    *out = sum + bias;
-                }
-            }
-            Finish::AddBiased(bias) => {
-                for ((out, sum), bias) in out.iter_mut().zip(sums.0).zip(&bias[column..]) {
-                    *out += sum + bias;
-                }
+                // SAFETY: the rows and columns of this product are the runner's alone; tiles are disjoint.
+                unsafe { self.finish.write(self.out, row + r, (panel + p) * LANES, &lanes) };
             }
         }
     }

@@ -1,10 +1,11 @@
 //! The forward pass: tokens through the layers to logits.
 
+use super::feed_forward::{FeedForward, Scratch};
 use super::rope::RopeTable;
 use super::{Layer, Model};
 use crate::attention::{Attention, LayerInput};
-use crate::config::ModelConfig;
-use crate::kernels::{Activations, Cpu, Epilogue, matmul, rms_norm, silu_mul};
+use crate::config::{LayerConfig, ModelConfig};
+use crate::kernels::{Activations, Cpu, Epilogue, matmul, rms_norm, softcap};
 use crate::kv_cache::{KvCache, LayerCache};
 use crate::step::StepInput;
 
@@ -18,8 +19,7 @@ pub(crate) struct Buffers {
     normed: Activations,
     qkv: Activations,
     attended: Activations,
-    gate_up: Activations,
-    activated: Activations,
+    feed_forward: Scratch,
     logits: Activations,
     /// `0, 1, 2, …`: every row.
     rows: Vec<usize>,
@@ -38,8 +38,7 @@ impl Buffers {
             normed: Activations::new(max_tokens, config.hidden_size),
             qkv: Activations::new(max_tokens, qkv_width),
             attended: Activations::new(max_tokens, config.query_width()),
-            gate_up: Activations::new(mlp_rows, 2 * config.intermediate_size),
-            activated: Activations::new(mlp_rows, config.intermediate_size),
+            feed_forward: Scratch::new(config, mlp_rows),
             logits: Activations::new(0, config.vocab_size),
             rows: (0..max_tokens).collect(),
             wanted: Vec::new(),
@@ -60,8 +59,8 @@ pub(crate) struct Step<'a> {
     pub(crate) cpu: &'a Cpu,
     /// The step.
     pub(crate) input: &'a StepInput,
-    /// Angles of every position.
-    pub(crate) rope: &'a RopeTable,
+    /// Angles of every position, a table for each of the model's ropes.
+    pub(crate) ropes: &'a [RopeTable],
 }
 
 impl Model {
@@ -70,10 +69,13 @@ impl Model {
         let num_tokens = step.input.token_ids.len();
         buffers.attention.plan(&self.config, step.input);
         for (row, token) in step.input.token_ids.iter().enumerate() {
-            self.embedding.look_up(*token as usize, buffers.hidden.row_mut(row));
+            let hidden = buffers.hidden.row_mut(row);
+            self.embed(step.cpu.simd, *token as usize, hidden);
+            hidden.iter_mut().for_each(|x| *x *= self.config.embedding_scale);
         }
         for (index, layer) in self.layers.iter().enumerate() {
-            self.attend(step, layer, cache.layer_mut(index), buffers);
+            let place = (&self.config.layers[index], cache.layer_mut(index));
+            self.attend(step, layer, place, buffers);
             for first in (0..num_tokens).step_by(MLP_ROWS) {
                 let rows = first..num_tokens.min(first + MLP_ROWS);
                 self.feed_forward(step.cpu, layer, rows, buffers);
@@ -83,22 +85,40 @@ impl Model {
     }
 
     /// `hidden += attention(norm(hidden))`
-    fn attend(&self, step: Step<'_>, layer: &Layer, cache: &mut LayerCache, buffers: &mut Buffers) {
-        let Step { cpu, input, rope } = step;
+    fn attend(
+        &self,
+        step: Step<'_>,
+        layer: &Layer,
+        (settings, cache): (&LayerConfig, &mut LayerCache),
+        buffers: &mut Buffers,
+    ) {
+        let Step { cpu, input, ropes } = step;
         let Buffers { hidden, normed, qkv, attended, rows, attention, .. } = buffers;
         let num_tokens = input.token_ids.len();
-        let norm = (&*layer.input_norm, self.config.rms_norm_eps);
-        rms_norm(cpu, hidden.rows(), &rows[..num_tokens], norm, normed.shared());
+        let rows = &rows[..num_tokens];
+        let out = (normed.shared(), Epilogue::Store);
+        rms_norm(cpu, (hidden.rows(), rows), self.norm_of(&layer.input_norm), out);
         matmul(cpu, (normed.rows(), num_tokens), &layer.qkv, (qkv.shared(), Epilogue::Store));
-        let qk_norm = layer.qk_norm.as_ref().map(|(query, key)| (&**query, &**key));
-        let layer_input = LayerInput { config: &self.config, rope, qk_norm, qkv: qkv.rows() };
+        let layer_input = LayerInput {
+            config: &self.config,
+            rope: &ropes[settings.rope],
+            sliding_window: settings.sliding_window,
+            qk_norm: layer.qk_norm.as_ref().map(|(query, key)| (&**query, &**key)),
+            qkv: qkv.rows(),
+        };
         attention.write(cpu, layer_input, cache);
         attention.attend(cpu, layer_input, (input, cache), attended.shared());
+        let x = (attended.rows(), num_tokens);
+        let Some(norm) = &layer.attention_output_norm else {
+            matmul(cpu, x, &layer.attention_output, (hidden.shared(), Epilogue::Add));
+            return;
+        };
+        matmul(cpu, x, &layer.attention_output, (normed.shared(), Epilogue::Store));
         let out = (hidden.shared(), Epilogue::Add);
-        matmul(cpu, (attended.rows(), num_tokens), &layer.attention_output, out);
+        rms_norm(cpu, (normed.rows(), rows), self.norm_of(norm), out);
     }
 
-    /// `hidden += down(silu(gate(norm(hidden))) * up(norm(hidden)))` for some rows.
+    /// `hidden += feed_forward(norm(hidden))` for some rows.
     fn feed_forward(
         &self,
         cpu: &Cpu,
@@ -106,15 +126,26 @@ impl Model {
         rows: std::ops::Range<usize>,
         buffers: &mut Buffers,
     ) {
-        let Buffers { hidden, normed, gate_up, activated, rows: all_rows, .. } = buffers;
+        let Buffers { hidden, normed, feed_forward: scratch, rows: all_rows, .. } = buffers;
         let (first, num_rows) = (rows.start, rows.len());
-        let norm = (&*layer.mlp_norm, self.config.rms_norm_eps);
-        rms_norm(cpu, hidden.rows(), &all_rows[rows], norm, normed.shared());
-        let out = (gate_up.shared(), Epilogue::Store);
-        matmul(cpu, (normed.rows(), num_rows), &layer.gate_up, out);
-        silu_mul(cpu, gate_up.rows(), num_rows, activated.shared());
+        let out = (normed.shared(), Epilogue::Store);
+        rms_norm(cpu, (hidden.rows(), &all_rows[rows]), self.norm_of(&layer.mlp_norm), out);
+        let mlp = match &layer.feed_forward {
+            FeedForward::Dense(mlp) => mlp,
+            FeedForward::Experts(experts) => {
+                experts.add(cpu, (normed, num_rows), scratch, (hidden, first));
+                return;
+            }
+        };
+        mlp.widen(cpu, (normed.rows(), num_rows), &mut scratch.dense);
+        let Some(norm) = &layer.mlp_output_norm else {
+            let out = (hidden.shared_from(first), Epilogue::Add);
+            mlp.narrow(cpu, num_rows, &scratch.dense, out);
+            return;
+        };
+        mlp.narrow(cpu, num_rows, &scratch.dense, (normed.shared(), Epilogue::Store));
         let out = (hidden.shared_from(first), Epilogue::Add);
-        matmul(cpu, (activated.rows(), num_rows), &layer.down, out);
+        rms_norm(cpu, (normed.rows(), &all_rows[..num_rows]), self.norm_of(norm), out);
     }
 
     /// Logits of the last tokens of the sequences that want them.
@@ -129,9 +160,17 @@ impl Model {
             }
         }
         logits.ensure_rows(wanted.len());
-        let norm = (&*self.norm, self.config.rms_norm_eps);
-        rms_norm(cpu, hidden.rows(), wanted, norm, normed.shared());
+        let out = (normed.shared(), Epilogue::Store);
+        rms_norm(cpu, (hidden.rows(), wanted), self.norm_of(&self.norm), out);
         let out = (logits.shared(), Epilogue::Store);
         matmul(cpu, (normed.rows(), wanted.len()), &self.output, out);
+        if let Some(cap) = self.config.output_softcap {
+            softcap(cpu, cap, (logits.shared(), wanted.len()));
+        }
+    }
+
+    /// A norm's weights with what all of them share.
+    fn norm_of<'a>(&self, weight: &'a [f32]) -> (&'a [f32], f32) {
+        (weight, self.config.rms_norm_eps)
     }
 }

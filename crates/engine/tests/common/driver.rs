@@ -12,13 +12,34 @@ pub(crate) struct Sequence {
     pub(crate) num_computed: usize,
     /// Its blocks.
     pub(crate) blocks: Vec<BlockId>,
+    /// Length beyond which all its keys are others.
+    pub(crate) long_beyond: Option<usize>,
 }
 
 impl Sequence {
     /// A sequence whose blocks are those from `first` on.
     pub(crate) fn contiguous(tokens: Vec<TokenId>, first: u32, max_len: usize) -> Self {
         let num_blocks = max_len.div_ceil(BLOCK_SIZE) as u32;
-        Self { tokens, num_computed: 0, blocks: (first..first + num_blocks).map(BlockId).collect() }
+        let blocks = (first..first + num_blocks).map(BlockId).collect();
+        Self { tokens, num_computed: 0, blocks, long_beyond: None }
+    }
+
+    /// The same for a model.
+    pub(crate) fn of(self, runner: &Runner) -> Self {
+        Self { long_beyond: runner.config().long_context_beyond(), ..self }
+    }
+
+    /// Appends a token; what was computed is void where that makes the sequence a long one.
+    pub(crate) fn push(&mut self, token: TokenId) {
+        let was_long = self.is_long();
+        self.tokens.push(token);
+        if self.is_long() && !was_long {
+            self.num_computed = 0;
+        }
+    }
+
+    fn is_long(&self) -> bool {
+        self.long_beyond.is_some_and(|beyond| self.tokens.len() > beyond)
     }
 
     /// The next `num_tokens` of its tokens (or what is left) are computed.
@@ -30,6 +51,7 @@ impl Sequence {
             num_scheduled_tokens: end - start,
             num_computed_tokens: start,
             block_table: self.blocks.clone(),
+            is_long: self.is_long(),
             wants_logits: true,
         });
         self.num_computed = end;
@@ -76,7 +98,7 @@ pub(crate) fn generate(
         for ((sequence, logits), generated) in sequences.iter_mut().zip(logits).zip(&mut generated)
         {
             let token = argmax(&logits);
-            sequence.tokens.push(token);
+            sequence.push(token);
             generated.push(token);
         }
     }

@@ -1,13 +1,16 @@
-//! Llama checkpoints of any shape with random weights, for tests of invariance and of speed.
+//! Checkpoints of any shape with random weights, for tests of invariance and of speed.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use flotilla_engine::Architecture;
 use safetensors::tensor::{Dtype, TensorView};
 
 /// What the checkpoint looks like.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
+    /// Llama or Gemma 2, with the defaults of its class.
+    pub(crate) architecture: Architecture,
     pub(crate) hidden_size: usize,
     pub(crate) intermediate_size: usize,
     pub(crate) num_hidden_layers: usize,
@@ -44,7 +47,8 @@ impl Shape {
     /// Writes `config.json` and `model.safetensors`; returns the number of parameters.
     pub(crate) fn write(&self, folder: &Path, seed: u64) -> usize {
         let config = serde_json::json!({
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+            "architectures": [self.architecture.name()],
+            "head_dim": self.hidden_size / self.num_attention_heads,
             "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_hidden_layers, "num_attention_heads": self.num_attention_heads,
             "num_key_value_heads": self.num_key_value_heads, "vocab_size": self.vocab_size,
@@ -94,7 +98,7 @@ impl Shape {
             ("model.norm.weight".to_owned(), vec![hidden]),
         ];
         for layer in 0..self.num_hidden_layers {
-            for (part, shape) in [
+            let mut parts = vec![
                 ("input_layernorm", vec![hidden]),
                 ("post_attention_layernorm", vec![hidden]),
                 ("self_attn.q_proj", vec![hidden, hidden]),
@@ -104,7 +108,12 @@ impl Shape {
                 ("mlp.gate_proj", vec![self.intermediate_size, hidden]),
                 ("mlp.up_proj", vec![self.intermediate_size, hidden]),
                 ("mlp.down_proj", vec![hidden, self.intermediate_size]),
-            ] {
+            ];
+            if self.architecture == Architecture::Gemma2 {
+                parts.push(("pre_feedforward_layernorm", vec![hidden]));
+                parts.push(("post_feedforward_layernorm", vec![hidden]));
+            }
+            for (part, shape) in parts {
                 tensors.push((format!("model.layers.{layer}.{part}.weight"), shape));
             }
         }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 use serde_json::{Value, json};
 use shared::queue::nats::{Fleet, NatsConfig};
-use shared::{Context, Dependencies, JobId, Query};
+use shared::{Context, JobId, Query};
 use tempfile::TempDir;
 use tokio::process::Command;
 
@@ -175,12 +175,8 @@ fn role(dir: &TempDir, urls: &Urls, name: &str) -> Command {
 fn feed(input: std::fs::File, jobs: u64) -> std::io::Result<()> {
     let mut input = BufWriter::new(input);
     for number in 0..jobs {
-        let query = Query {
-            id: JobId(format!("bench-{number}")),
-            query: format!("What is number {number}?"),
-            target_api: None,
-            dependencies: Dependencies::new(),
-        };
+        let id = JobId(format!("bench-{number}"));
+        let query = Query::new(id, format!("What is number {number}?"));
         let context = "x".repeat(CONTEXT_LENGTH);
         let context = Context { context_length: context.len(), context, ..Context::empty(query) };
         serde_json::to_writer(&mut input, &context)?;

@@ -1,21 +1,21 @@
-//! The options of the fleet's commands: produce, work, collect, status, retry, reconcile.
+//! The options of the fleet's commands: produce, work, collect, status, retry, reconcile, cancel.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::{ArgGroup, Args, ValueEnum};
 use collector::Step;
 use producer::{FollowConfig, RetrievalConfig, SourceConfig};
 use shared::RunId;
 
-use super::{GenerationOptions, ModelOptions};
+use super::{GenerationOptions, ModelOptions, ModelPath};
 
 /// Options of `flotilla produce`.
 #[derive(Args, Debug)]
 pub(crate) struct ProduceOptions {
     #[command(flatten)]
-    pub(crate) source: SourceConfig,
+    pub(crate) jobs: JobOptions,
     #[command(flatten)]
     pub(crate) follow: FollowConfig,
     /// Take queries over HTTP at this address: POST /v1/queries with one query, an array or JSONL.
@@ -39,10 +39,19 @@ pub(crate) struct ProduceOptions {
     /// Jobs published at a time without waiting for their confirmation.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = parse_window)]
     pub(crate) window: usize,
-    /// Folder of the model whose tokenizer counts the tokens for --max-tokens [default: the
-    /// shipped model].
-    #[arg(long, env = "FLOTILLA_MODEL_PATH", value_name = "DIR")]
-    pub(crate) model_path: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) metrics: MetricsOptions,
+    #[command(flatten)]
+    pub(crate) nats: NatsOptions,
+}
+
+/// What becomes jobs, and what all of them have in common.
+#[derive(Args, Debug)]
+pub(crate) struct JobOptions {
+    #[command(flatten)]
+    pub(crate) source: SourceConfig,
+    #[command(flatten)]
+    pub(crate) model_path: ModelPath,
     #[command(flatten)]
     pub(crate) retrieval: RetrievalConfig,
     #[command(flatten)]
@@ -51,10 +60,6 @@ pub(crate) struct ProduceOptions {
     pub(crate) run: RunOption,
     #[command(flatten)]
     pub(crate) model: ModelName,
-    #[command(flatten)]
-    pub(crate) metrics: MetricsOptions,
-    #[command(flatten)]
-    pub(crate) nats: NatsOptions,
 }
 
 /// Options of `flotilla work`.
@@ -125,19 +130,17 @@ pub(crate) enum BackendName {
 
 /// Options of `flotilla collect`.
 #[derive(Args, Debug)]
+#[command(group(ArgGroup::new("output").args(["output_file", "output_dir"]).required(true)))]
 pub(crate) struct CollectOptions {
     /// JSONL file that gets one line for each query of the run. Lines that are there are kept.
-    #[arg(
-        long,
-        value_name = "FILE",
-        required_unless_present = "output_dir",
-        conflicts_with = "output_dir"
-    )]
+    #[arg(long, value_name = "FILE")]
     pub(crate) output_file: Option<PathBuf>,
-    /// Collect every run, each into `<run>.jsonl` in this folder; runs that begin later too.
+    /// Collect every run, each into `<run>.jsonl` in this folder; runs that begin later too. A file
+    /// that can't be written is told by /healthz and `flotilla status`, and tried again.
     #[arg(long, value_name = "DIR", conflicts_with_all = ["run", "until_done", "statistics_file"])]
     pub(crate) output_dir: Option<PathBuf>,
-    /// End when the run's producer has finished and each of its queries has its line.
+    /// End when all producers of the run have finished and each of their queries has its line. One
+    /// that died keeps the run open until its command is run again.
     #[arg(long)]
     pub(crate) until_done: bool,
     /// Fail if another collector writes the output, instead of waiting to take over.
@@ -190,6 +193,10 @@ pub(crate) struct RetryOptions {
     /// Only the job with this id; may be given several times.
     #[arg(long, value_name = "ID", allow_hyphen_values = true)]
     pub(crate) id: Vec<String>,
+    /// Take out the failed lines of bad input instead, which never was a job: corrected, it is then
+    /// published by `flotilla produce` like any other.
+    #[arg(long, conflicts_with = "model")]
+    pub(crate) input_failures: bool,
     /// The run's output, where no collector is running: its failed lines are taken out here instead
     /// of by the collector.
     #[arg(long, value_name = "FILE")]
@@ -200,11 +207,21 @@ pub(crate) struct RetryOptions {
     pub(crate) redis: RedisOptions,
 }
 
+/// Options of `flotilla cancel`.
+#[derive(Args, Debug)]
+pub(crate) struct CancelOptions {
+    /// The run whose queued jobs are dropped.
+    #[arg(long, value_name = "NAME", value_parser = parse_run)]
+    pub(crate) run: RunId,
+    #[command(flatten)]
+    pub(crate) nats: NatsOptions,
+}
+
 /// Options of `flotilla reconcile`.
 #[derive(Args, Debug)]
 pub(crate) struct ReconcileOptions {
     #[command(flatten)]
-    pub(crate) source: SourceConfig,
+    pub(crate) jobs: JobOptions,
     /// The run's output: what has its line here is done.
     #[arg(long, value_name = "FILE")]
     pub(crate) output_file: PathBuf,
@@ -212,18 +229,6 @@ pub(crate) struct ReconcileOptions {
     /// then computed twice, and still written once.
     #[arg(long)]
     pub(crate) force: bool,
-    /// Folder of the model whose tokenizer counts the tokens for --max-tokens [default: the
-    /// shipped model].
-    #[arg(long, env = "FLOTILLA_MODEL_PATH", value_name = "DIR")]
-    pub(crate) model_path: Option<PathBuf>,
-    #[command(flatten)]
-    pub(crate) retrieval: RetrievalConfig,
-    #[command(flatten)]
-    pub(crate) generation: GenerationOptions,
-    #[command(flatten)]
-    pub(crate) run: RunOption,
-    #[command(flatten)]
-    pub(crate) model: ModelName,
     #[command(flatten)]
     pub(crate) nats: NatsOptions,
 }
@@ -266,13 +271,13 @@ pub(crate) struct NatsOptions {
     #[arg(long, env = "FLOTILLA_NATS_URL", value_name = "URL", hide_env_values = true)]
     pub(crate) nats_url: String,
     #[command(flatten)]
-    pub(crate) access: NatsAccess,
+    pub(crate) settings: NatsSettings,
 }
 
-/// How to be let in by the NATS server.
+/// How to be let in by the NATS server, and how it keeps what it gets.
 #[derive(Args, Clone, Debug)]
 #[command(next_help_heading = "Servers")]
-pub(crate) struct NatsAccess {
+pub(crate) struct NatsSettings {
     /// Credentials file of the NATS user.
     #[arg(long, env = "FLOTILLA_NATS_CREDS", value_name = "FILE")]
     pub(crate) nats_creds: Option<PathBuf>,
@@ -288,6 +293,10 @@ pub(crate) struct NatsAccess {
     /// Key of this client's certificate.
     #[arg(long, env = "FLOTILLA_NATS_KEY", value_name = "FILE", requires = "nats_cert")]
     pub(crate) nats_key: Option<PathBuf>,
+    /// Servers of a NATS cluster that keep each job and answer: 3 survive the loss of one, 5 of two.
+    /// Streams that exist with fewer get so many; ones with more keep them.
+    #[arg(long, env = "FLOTILLA_NATS_REPLICAS", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=5))]
+    pub(crate) nats_replicas: u8,
 }
 
 /// The servers of `flotilla run`, where it shall not keep its queues in memory.
@@ -298,7 +307,7 @@ pub(crate) struct RunServers {
     #[arg(long, value_name = "URL")]
     nats_url: Option<String>,
     #[command(flatten)]
-    access: NatsAccess,
+    settings: NatsSettings,
     #[command(flatten)]
     pub(crate) redis: RedisOptions,
 }
@@ -306,8 +315,8 @@ pub(crate) struct RunServers {
 impl RunServers {
     /// The connection to the queue, if it isn't in memory.
     pub(crate) fn nats(&self) -> Option<NatsOptions> {
-        let access = self.access.clone();
-        self.nats_url.clone().map(|nats_url| NatsOptions { nats_url, access })
+        let settings = self.settings.clone();
+        self.nats_url.clone().map(|nats_url| NatsOptions { nats_url, settings })
     }
 }
 

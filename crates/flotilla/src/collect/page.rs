@@ -1,16 +1,21 @@
 //! The metrics of this process' collectors.
 
-use shared::queue::nats::Fleet;
-
-use super::tally::{Counts, Tallies};
+use super::Roles;
+use super::tally::Counts;
 use crate::observe::text::{Buckets, Labels};
 use crate::observe::{Page, queues};
 
 /// The page of all runs that this process collects.
-pub(super) async fn page(fleet: Fleet, tallies: Tallies) -> Page {
+pub(super) async fn page(roles: Roles) -> Page {
     let runs: Vec<(String, Counts)> =
-        tallies.all().into_iter().map(|(run, tally)| (run, tally.counts())).collect();
+        roles.tallies.all().into_iter().map(|(run, tally)| (run, tally.counts())).collect();
+    let uncollected = roles.uncollected.runs();
+    let mut ups: Vec<(String, u64)> = uncollected.iter().map(|run| (run.clone(), 0)).collect();
+    ups.extend(
+        runs.iter().filter(|(run, _)| !uncollected.contains(run)).map(|(run, _)| (run.clone(), 1)),
+    );
     let mut page = Page::default();
+    gauges(&mut page, "output_up", "Whether the run is collected; /healthz says why not.", &ups);
     let rows = |value: fn(&Counts) -> u64| {
         let row = |(run, counts): &(String, Counts)| (run.clone(), value(counts));
         runs.iter().map(row).collect::<Vec<_>>()
@@ -32,7 +37,7 @@ pub(super) async fn page(fleet: Fleet, tallies: Tallies) -> Page {
     });
     let rows = labels.iter().map(|labels| labels as Labels<'_>).zip(syncs);
     page.histograms("output_sync_seconds", "Syncing a batch of lines to disk.", rows);
-    queues::add_queues(&mut page, &fleet).await;
+    queues::add_queues(&mut page, &roles.fleet).await;
     page
 }
 

@@ -25,6 +25,16 @@ impl Tallies {
         tally
     }
 
+    /// That of a run whose output is open.
+    pub(super) fn get(&self, run: &str) -> Option<Arc<Tally>> {
+        self.lock().get(run).cloned()
+    }
+
+    /// A run's output is no longer open.
+    pub(super) fn remove(&self, run: &RunId) {
+        self.lock().remove(&run.0);
+    }
+
     /// Those of all runs.
     pub(super) fn all(&self) -> Vec<(String, Arc<Tally>)> {
         self.lock().iter().map(|(run, tally)| (run.clone(), Arc::clone(tally))).collect()
@@ -78,6 +88,12 @@ impl Tally {
     pub(super) fn removed(&self, count: u64) {
         self.lines.fetch_sub(count, Ordering::Relaxed);
         self.failed.fetch_sub(count, Ordering::Relaxed);
+    }
+
+    /// Whether any outcome came to its end.
+    pub(super) fn has_settled_any(&self) -> bool {
+        let settled = [&self.written, &self.repeated];
+        settled.iter().any(|count| count.load(Ordering::Relaxed) > 0)
     }
 
     /// The counts now.

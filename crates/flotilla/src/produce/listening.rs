@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use producer::{JobTemplate, ListenConfig, ListenError, Retriever, Server};
 
-use super::said::Said;
+use super::asking::{Asking, Manner};
+use super::said::{Said, about};
 use super::{publisher, start, tell};
 use crate::cli::fleet::ProduceOptions;
 use crate::signals;
@@ -23,12 +24,14 @@ pub(super) async fn listen(
         return Ok(ExitCode::SUCCESS);
     };
     tracing::info!("listening at http://{}/v1/queries", server.local_addr());
-    let said = Said::start(&fleet, &template.run, &options.model.model, &stats);
+    let input = format!("http://{}", server.local_addr());
+    let said = Said::start(&fleet, about(&template.run, &options.jobs.model.model, input), &stats);
+    let asking = Asking::new(&fleet, &template.run, Manner::REQUESTS, &stats);
     let publisher = publisher(options, &fleet, template, &stats);
-    let published = server.run(publisher, retriever, &interruption).await;
+    let published = server.leaving_out(asking).run(publisher, retriever, &interruption).await;
     // Nobody knows whether more would have come, but from here nothing more does.
     said.end(published.is_ok()).await;
-    tell(&published?);
+    tell(&published?, &stats, None);
     Ok(ExitCode::SUCCESS)
 }
 

@@ -4,7 +4,7 @@
 //! Ends when everything published has its line, whoever answered it. An interruption leaves what is
 //! queued where it is; the same command goes on.
 
-use std::collections::HashSet;
+use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,13 +19,13 @@ use tokio_util::sync::CancellationToken;
 
 use crate::cli::RunOptions;
 use crate::cli::fleet::NatsOptions;
-use crate::collect::{Collected, Roles, Tallies};
+use crate::collect::{Collected, Roles, Tallies, Uncollected};
 use crate::observe::Health;
 use crate::produce::{self, Said};
 use crate::rejects::Rejects;
 use crate::statistics::Statistics;
 use crate::work::{self, Worker, Workers};
-use crate::{FINISHED_WITH_FAILURES, INTERRUPTED, fleet, reconcile, signals, telemetry};
+use crate::{FAILED, FINISHED_WITH_FAILURES, INTERRUPTED, fleet, reconcile, signals, telemetry};
 
 /// Runs `flotilla run` with servers.
 pub(super) fn main(
@@ -58,12 +58,13 @@ async fn answer_all(
         abort_at: None,
         shutdown: over.clone(),
         tallies: Tallies::default(),
+        uncollected: Uncollected::default(),
     };
-    let model = engine::model_name(&engine.model_path);
     let run = template.run.clone();
     let all_published = roles.published.clone();
     let producing = async {
-        let published = publish(options, (&fleet, &model), template, &over, &mut rejects).await;
+        let published =
+            publish(options, (&fleet, &engine.model_path), template, &over, &mut rejects).await;
         all_published.cancel();
         cancel_if_failed(published, &over)
     };
@@ -91,19 +92,20 @@ fn cancel_if_failed<T>(result: anyhow::Result<T>, over: &CancellationToken) -> a
 
 async fn publish(
     options: &RunOptions,
-    (fleet, model): (&Fleet, &str),
+    (fleet, model_path): (&Fleet, &Path),
     template: JobTemplate,
     over: &CancellationToken,
     rejects: &mut Rejects,
 ) -> anyhow::Result<Published> {
-    let mut answered = HashSet::new();
-    reconcile::read_output(&options.output_file, &mut answered)?;
-    let skip = move |id: &JobId| answered.contains(&id.digest());
+    let model = &engine::model_name(model_path);
+    let answered = reconcile::read_output(&options.output_file)?;
+    let known = move |id: &JobId| answered.contains(&id.digest());
     let retriever =
-        produce::retriever(&options.retrieval, &options.source, options.model.model_path.as_ref())?;
-    let contexts = producer::contexts(&options.source, retriever, skip)?;
+        produce::retriever(&options.retrieval, &options.source, || Ok(model_path.to_owned()))?;
+    let contexts = producer::contexts(&options.source, retriever)?.leaving_out(known);
     let stats = Arc::<Stats>::default();
-    let said = Said::start(fleet, &template.run, model, &stats);
+    let about = produce::about(&template.run, model, produce::input_name(&options.source)?);
+    let said = Said::start(fleet, about, &stats);
     let queues = (fleet.jobs(model), fleet.outcomes(None));
     let publisher = Publisher::new(template, queues).with_stats(stats);
     let mut report = |bad: &BadInput| rejects.add(bad);
@@ -145,7 +147,7 @@ fn tell(
     published: Published,
     interrupted: bool,
 ) -> anyhow::Result<ExitCode> {
-    let Some(Collected { report, elapsed, lines, failed }) = collected else {
+    let Some(Collected { report, elapsed, lines, failed, missing }) = collected else {
         return Ok(ExitCode::from(INTERRUPTED));
     };
     telemetry::print(&report.statistics(elapsed).to_string()).context("cannot write to stdout")?;
@@ -157,6 +159,8 @@ fn tell(
     Ok(if interrupted {
         tracing::warn!("interrupted; the same command goes on");
         ExitCode::from(INTERRUPTED)
+    } else if missing > 0 {
+        ExitCode::from(FAILED)
     } else if failed > 0 || published.rejected > 0 {
         ExitCode::from(FINISHED_WITH_FAILURES)
     } else {

@@ -1,17 +1,11 @@
 //! The state of a fleet as a table on a terminal.
 
-use std::fmt::Write;
-
 use super::view::{RunView, View, WorkerView};
+use crate::columns::{
+    Align::{self, Left, Right},
+    write_table,
+};
 use crate::progress::clock;
-
-/// Columns of numbers are set to the right.
-#[derive(Clone, Copy)]
-enum Align {
-    Left,
-    Right,
-}
-use Align::{Left, Right};
 
 const RUNS: [(&str, Align); 11] = [
     ("RUN", Left),
@@ -46,6 +40,10 @@ pub(crate) fn table(view: &View) -> String {
     } else {
         write_table(&mut text, &RUNS, view.runs.iter().map(run_row));
     }
+    for line in view.runs.iter().flat_map(troubles) {
+        text += &line.replace(char::is_control, "?");
+        text.push('\n');
+    }
     text.push('\n');
     if view.workers.is_empty() {
         text += "no workers\n";
@@ -53,6 +51,35 @@ pub(crate) fn table(view: &View) -> String {
         write_table(&mut text, &WORKERS, view.workers.iter().map(worker_row));
     }
     text
+}
+
+/// What somebody has to look after.
+fn troubles(run: &RunView) -> impl Iterator<Item = String> {
+    let name = &run.run;
+    let unwritten =
+        run.error.iter().map(move |error| format!("run {name} is not written: {error}"));
+    let missing = (run.missing > 0).then(|| {
+        format!(
+            "run {name} lacks {} lines that nothing is queued for: they are lost, or in another \
+             output; flotilla reconcile publishes them again",
+            run.missing
+        )
+    });
+    let waiting = run
+        .models_without_worker
+        .iter()
+        .map(move |model| format!("run {name} waits: no worker has its model {model}"));
+    let silent = (run.held_by_silent > 0).then(|| {
+        format!(
+            "run {name}: {} jobs are held by silent workers; others get them when their leases end",
+            run.held_by_silent
+        )
+    });
+    unwritten.chain(missing).chain(waiting).chain(silent).chain(run.gone_producers.iter().map(
+        move |producer| {
+            format!("run {name} is not all published: the producer of {producer} is gone")
+        },
+    ))
 }
 
 fn run_row(run: &RunView) -> [String; 11] {
@@ -68,6 +95,8 @@ fn run_row(run: &RunView) -> [String; 11] {
     };
     let left = run.queued + run.in_flight + run.unwritten;
     let state = match (left, run.is_published, run.is_collected) {
+        _ if run.error.is_some() => "not written",
+        _ if run.missing > 0 => "lines missing",
         (0, true, _) => "complete",
         (_, _, true) => "running",
         (0, false, false) => "idle",
@@ -94,36 +123,14 @@ fn worker_row(worker: &WorkerView) -> [String; 9] {
         worker.id.clone(),
         worker.device.clone(),
         worker.model.clone(),
-        format!("{}/{}", worker.running, worker.slots),
+        match worker.is_silent {
+            true => "-".to_owned(),
+            false => format!("{}/{}", worker.running, worker.slots),
+        },
         worker.answered.to_string(),
         worker.failed.to_string(),
         format!("{:.1}", worker.answers_per_second),
         format!("{:.0}", worker.tokens_per_second),
         if worker.is_silent { format!("{seen}, SILENT") } else { seen },
     ]
-}
-
-fn write_table<const N: usize>(
-    text: &mut String,
-    columns: &[(&str, Align); N],
-    rows: impl Iterator<Item = [String; N]>,
-) {
-    let heads = columns.map(|(head, _)| head.to_owned());
-    // A name is the user's: it must not move the cursor or break the row.
-    let clean = |cell: String| cell.replace(char::is_control, "?");
-    let rows: Vec<[String; N]> = std::iter::once(heads).chain(rows.map(|r| r.map(clean))).collect();
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
-    let widths: Vec<usize> = (0..N).map(|column| width(column).unwrap_or(0)).collect();
-    for row in &rows {
-        let mut line = String::new();
-        for ((cell, width), (_, align)) in row.iter().zip(&widths).zip(columns) {
-            // Writing to a String cannot fail.
-            let _infallible = match align {
-                Left => write!(line, "{cell:<width$}  "),
-                Right => write!(line, "{cell:>width$}  "),
-            };
-        }
-        text.push_str(line.trim_end());
-        text.push('\n');
-    }
 }

@@ -7,10 +7,7 @@ use serde::Serialize;
 use shared::RunId;
 use shared::status::{Role, RunStatus, WorkerStatus};
 
-/// Heartbeats that a worker may miss before it is shown as silent.
-const MAX_MISSED: f64 = 4.0;
-/// Shortest silence that is told, in seconds.
-const MIN_SILENCE: f64 = 10.0;
+use crate::producers::{self, Producers};
 
 /// What the queues hold and the roles said, as it was read.
 #[derive(Debug, Default)]
@@ -47,14 +44,18 @@ pub(crate) struct RunView {
     pub(crate) run: String,
     /// Models that its queued jobs are for.
     pub(crate) models: Vec<String>,
-    /// Jobs published, as the producer counts.
+    /// Those among them that no worker has, so that these jobs wait.
+    pub(crate) models_without_worker: Vec<String>,
+    /// Jobs published, as the producers count.
     pub(crate) published: Option<u64>,
-    /// Queries of the input, once the producer has counted them.
+    /// Queries of the input, once the producers have counted them.
     pub(crate) total: Option<u64>,
     /// Jobs that wait for a worker.
     pub(crate) queued: u64,
     /// Jobs that a worker holds.
     pub(crate) in_flight: u64,
+    /// Of these, jobs of workers that are silent: others get them when their leases end.
+    pub(crate) held_by_silent: u64,
     /// Outcomes that are not in the output yet.
     pub(crate) unwritten: u64,
     /// Lines of the output.
@@ -63,16 +64,22 @@ pub(crate) struct RunView {
     pub(crate) failed: Option<u64>,
     /// Dead letters: jobs that `flotilla retry` can put back.
     pub(crate) dead: u64,
+    /// Lines that the output lacks although nothing is left to do: at least so many.
+    pub(crate) missing: u64,
     /// Lines a second, lately.
     pub(crate) lines_per_second: f64,
     /// Seconds until everything has its line, at that rate.
     pub(crate) eta_seconds: Option<f64>,
-    /// Whether the producer has published everything.
+    /// Whether its producers have published everything.
     pub(crate) is_published: bool,
+    /// Producers that are gone and have not.
+    pub(crate) gone_producers: Vec<String>,
     /// Whether a collector writes it now.
     pub(crate) is_collected: bool,
     /// The output.
     pub(crate) output: Option<String>,
+    /// Why a collector that would write it can't.
+    pub(crate) error: Option<String>,
 }
 
 /// One worker.
@@ -122,50 +129,75 @@ impl View {
 
 fn run(gathered: &Gathered, name: &str) -> RunView {
     let id = RunId(name.to_owned());
-    let of_role = |role| gathered.runs.iter().find(|s| s.run == id && s.role == role);
-    let (producer, collector) = (of_role(Role::Producer), of_role(Role::Collector));
+    let collector = gathered.runs.iter().find(|s| s.run == id && s.role == Role::Collector);
+    let producers = Producers::of(&gathered.runs, &id, gathered.now);
     let jobs = gathered.jobs.iter().filter(|((_, run), _)| *run == id);
     let unsettled: u64 = jobs.clone().map(|(_, count)| count).sum();
-    let live = gathered.workers.iter().filter(|w| !is_silent(w, gathered.now));
-    let held: u64 = live.filter_map(|worker| worker.held.get(&id)).sum();
+    let now = gathered.now;
+    let held_by = |is_silent: bool| {
+        let workers = gathered.workers.iter();
+        let workers = workers.filter(|w| w.holds_jobs(now) && w.is_silent(now) == is_silent);
+        workers.filter_map(|worker| worker.held.get(&id)).sum::<u64>()
+    };
     // A worker's word is some seconds old, the queue's is of now.
-    let in_flight = held.min(unsettled);
+    let live = held_by(false).min(unsettled);
+    let held_by_silent = held_by(true).min(unsettled - live);
+    let in_flight = live + held_by_silent;
+    let models: Vec<String> = jobs.map(|((model, _), _)| model.clone()).collect();
+    let has_worker =
+        |model: &&String| gathered.workers.iter().any(|w| w.model == **model && !w.is_silent(now));
+    let models_without_worker = models.iter().filter(|model| !has_worker(model)).cloned().collect();
     let unwritten = gathered.outcomes.get(&id).copied().unwrap_or(0);
-    let is_collected = collector
-        .is_some_and(|status| !status.finished && gathered.now - status.seen_at < MIN_SILENCE);
+    let writing = collector.filter(|status| !status.finished && !status.is_gone(gathered.now));
+    let error = writing.and_then(|status| status.error.clone());
+    let is_collected = writing.is_some() && error.is_none();
     let lines_per_second = collector.filter(|_| is_collected).map_or(0.0, |status| status.rate);
-    let known = producer.and_then(|status| status.total);
+    let known = producers.total();
     let left = match (known, collector) {
         (Some(total), Some(collector)) => {
             total.saturating_sub(collector.done).max(unsettled.max(unwritten))
         }
         _ => unsettled.max(unwritten),
     };
+    let is_drained = unsettled + unwritten == 0 && producers.have_finished();
+    let missing = collector
+        .filter(|_| is_drained)
+        .map(|status| producers.least_lines().saturating_sub(status.done));
     let eta = |left: u64| match left {
         0 => Some(0.0),
         left => (lines_per_second > 0.0).then(|| left as f64 / lines_per_second),
     };
     RunView {
         run: name.to_owned(),
-        models: jobs.map(|((model, _), _)| model.clone()).collect(),
-        published: producer.map(|status| status.published),
+        models,
+        models_without_worker,
+        published: producers.published(),
         total: known,
         queued: unsettled - in_flight,
         in_flight,
+        held_by_silent,
         unwritten,
         done: collector.map(|status| status.done),
         failed: collector.map(|status| status.failed),
         dead: gathered.dead.get(&id).copied().unwrap_or(0),
+        missing: missing.unwrap_or(0),
         lines_per_second,
-        eta_seconds: eta(left),
-        is_published: producer.is_some_and(|status| status.finished),
+        eta_seconds: match () {
+            () if is_drained => Some(0.0),
+            // Nobody works, whatever the rate of the last half minute says.
+            () if held_by_silent > 0 && in_flight == held_by_silent => None,
+            () => eta(left),
+        },
+        is_published: producers.have_finished(),
+        gone_producers: producers.gone().map(producers::label).collect(),
         is_collected,
         output: collector.and_then(|status| status.output.clone()),
+        error,
     }
 }
 
 fn worker(status: &WorkerStatus, now: f64) -> WorkerView {
-    let is_silent = is_silent(status, now);
+    let is_silent = status.is_silent(now);
     let lately = |rate: f64| if is_silent { 0.0 } else { rate };
     WorkerView {
         id: status.id.clone(),
@@ -181,10 +213,6 @@ fn worker(status: &WorkerStatus, now: f64) -> WorkerView {
         last_seen_seconds: (now - status.seen_at).max(0.0),
         is_silent,
     }
-}
-
-fn is_silent(status: &WorkerStatus, now: f64) -> bool {
-    now - status.seen_at > (MAX_MISSED * status.stats_interval).max(MIN_SILENCE)
 }
 
 #[cfg(test)]
@@ -227,6 +255,25 @@ mod tests {
     }
 
     #[test]
+    fn jobs_of_a_silent_worker_are_its_own_until_its_lease_ends() {
+        let silent = |seen_at| WorkerStatus { lease: 60.0, ..holding("r", 30, seen_at) };
+        let workers = vec![silent(NOW - 50.0)];
+        let view = View::of(&Gathered { workers, ..gathered() }, None);
+        let run = &view.runs[1];
+        assert_eq!((run.queued, run.in_flight, run.held_by_silent), (20, 30, 30));
+        assert_eq!(
+            (run.eta_seconds, &run.models_without_worker[..]),
+            (None, &["m".to_owned()][..])
+        );
+        let workers =
+            vec![silent(NOW - 61.0), WorkerStatus { model: "m".into(), ..holding("r", 1, NOW) }];
+        let view = View::of(&Gathered { workers, ..gathered() }, None);
+        let run = &view.runs[1];
+        assert_eq!((run.queued, run.in_flight, run.held_by_silent), (49, 1, 0));
+        assert!(run.models_without_worker.is_empty());
+    }
+
+    #[test]
     fn more_held_than_queued_is_a_late_word() {
         let workers = vec![holding("r", 80, NOW)];
         let view = View::of(&Gathered { workers, ..gathered() }, None);
@@ -247,11 +294,43 @@ mod tests {
     }
 
     #[test]
+    fn what_is_drained_and_short_of_lines_is_missing_some() {
+        let producer = RunStatus {
+            published: 200,
+            total: Some(200),
+            finished: true,
+            ended: true,
+            ..said("r", Role::Producer, NOW - 60.0)
+        };
+        let collector = RunStatus { done: 190, ..said("r", Role::Collector, NOW - 1.0) };
+        let runs = vec![producer, collector];
+        let drained = Gathered { runs: runs.clone(), now: NOW, ..Gathered::default() };
+        let view = View::of(&drained, None);
+        assert_eq!((view.runs[0].missing, view.runs[0].eta_seconds), (10, Some(0.0)));
+        // What is on its way is not missing.
+        let view = View::of(&Gathered { runs, ..gathered() }, Some(&name("r")));
+        assert_eq!(view.runs[0].missing, 0);
+    }
+
+    #[test]
     fn a_collector_that_is_silent_collects_nothing() {
         let collector = RunStatus { rate: 10.0, ..said("r", Role::Collector, NOW - 60.0) };
         let view = View::of(&Gathered { runs: vec![collector], ..gathered() }, None);
         assert!(!view.runs[1].is_collected);
         assert_eq!(view.runs[1].eta_seconds, None);
+    }
+
+    #[test]
+    fn a_collector_that_cannot_write_collects_nothing_and_says_why() {
+        let error = Some("no room".to_owned());
+        let collector = RunStatus { done: 7, error, ..said("r", Role::Collector, NOW - 1.0) };
+        let view = View::of(&Gathered { runs: vec![collector.clone()], ..gathered() }, None);
+        let run = &view.runs[1];
+        assert_eq!((run.is_collected, run.done), (false, Some(7)));
+        assert_eq!(run.error.as_deref(), Some("no room"));
+        // One that is gone can't write either, whatever it said last.
+        let runs = vec![RunStatus { seen_at: NOW - 60.0, ..collector }];
+        assert_eq!(View::of(&Gathered { runs, ..gathered() }, None).runs[1].error, None);
     }
 
     #[test]

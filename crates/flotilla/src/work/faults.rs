@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use gpu_worker::{Answer, Backend, Counters, Error, Failure, Progress, Serving};
-use shared::{Job, Publishing, Queue, QueueError, Settled};
+use shared::{Job, Publishing, Queue, QueueError, Settled, Stored};
 
 /// A backend of which some jobs are the end; otherwise what it wraps.
 #[derive(Clone, Debug)]
@@ -96,12 +96,12 @@ impl<Q> LastWords<Q> {
 impl<Q: Queue<Settled>> Queue<Settled> for LastWords<Q> {
     type Delivery = Q::Delivery;
 
-    async fn publish(&self, outcome: Settled) -> Result<(), QueueError> {
-        self.queue.publish(outcome).await?;
+    async fn publish(&self, outcome: Settled) -> Result<Stored, QueueError> {
+        let stored = self.queue.publish(outcome).await?;
         if self.left.as_ref().is_some_and(|left| left.fetch_sub(1, Ordering::Relaxed) == 1) {
             std::process::abort();
         }
-        Ok(())
+        Ok(stored)
     }
 
     async fn try_publish(&self, outcome: Settled) -> Result<Publishing, QueueError> {

@@ -23,9 +23,8 @@ pub(super) struct Identity {
 impl Identity {
     /// The worker of this rank in this process.
     pub(super) fn new(rank: u32, device: String) -> Self {
-        let host = fleet::host();
-        let name = format!("{host}-{}-{rank}", std::process::id());
-        Self { name, host, device, started_at: unix_now() }
+        let name = format!("{}-{rank}", fleet::process_name());
+        Self { name, host: fleet::host(), device, started_at: unix_now() }
     }
 }
 
@@ -38,7 +37,9 @@ pub(super) async fn say(
 ) {
     let (mut answers, mut tokens) = (Rate::default(), Rate::default());
     let beating = heartbeat::beat(over, 1, || {
-        let status = status(&identity, &stats, (&mut answers, &mut tokens));
+        let lease = fleet.lease().as_secs_f64();
+        let status =
+            WorkerStatus { lease, ..status(&identity, &stats, (&mut answers, &mut tokens)) };
         let fleet = fleet.clone();
         async move { fleet.put_worker(&status).await }
     });
@@ -73,5 +74,6 @@ fn status(
         started_at: identity.started_at,
         seen_at: unix_now(),
         stats_interval: heartbeat::INTERVAL.as_secs_f64(),
+        lease: 0.0,
     }
 }

@@ -4,12 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use engine::{EngineConfig, Finished, SamplingParams};
-use shared::{Completed, FinishReason, Generation, Job};
+use engine::{EngineConfig, Finished};
+use shared::{Completed, FinishReason, Job, Logprobs};
 use tokio::sync::Semaphore;
 
 use super::{Answer, Backend, Counters, Failure, Progress, Serving};
 use crate::engine_thread::EngineThread;
+use crate::generation::{logprobs, sampling_params};
 use crate::prompt::{self, Rendered};
 use crate::{Device, Error};
 
@@ -57,9 +58,9 @@ impl LocalEngine {
     }
 
     /// Renders off the async threads: tokenising a long context takes milliseconds.
-    async fn render(&self, job: &Job) -> Result<Rendered, Failure> {
+    async fn render(&self, job: &Job, max_new_tokens: usize) -> Result<Rendered, Failure> {
         let format = self.thread.format().clone();
-        let (job, window) = (job.clone(), self.thread.max_model_len());
+        let (job, room) = (job.clone(), (self.thread.max_model_len(), max_new_tokens));
         let renderings = Arc::clone(&self.renderings);
         // Never closed; without a permit the job would only use more memory.
         let _permit = self.rendering.acquire().await;
@@ -69,7 +70,7 @@ impl LocalEngine {
                 renderings.num_steps.fetch_add(1, Ordering::Relaxed);
             };
             let rendering =
-                std::panic::AssertUnwindSafe(|| prompt::render(&format, &job, (window, &step)));
+                std::panic::AssertUnwindSafe(|| prompt::render(&format, &job, room, &step));
             let rendered = std::panic::catch_unwind(rendering);
             renderings.num_running.fetch_sub(1, Ordering::Relaxed);
             rendered.unwrap_or_else(|_panic| Err("rendering the prompt panicked".to_owned()))
@@ -80,6 +81,24 @@ impl LocalEngine {
             // Only when the runtime ends.
             Err(_cancelled) => Err(Failure::Down { held: false }),
         }
+    }
+
+    /// Gives the log-probabilities of an answer the texts of their tokens, off the async threads: an answer may
+    /// have thousands.
+    async fn name_tokens(
+        &self,
+        mut finished: Finished,
+    ) -> Result<(Finished, Option<Logprobs>), Failure> {
+        let Some(numbers) = finished.logprobs.take() else {
+            return Ok((finished, None));
+        };
+        let format = self.thread.format().clone();
+        let named = tokio::task::spawn_blocking(move || {
+            let logprobs = logprobs(format.tokenizer(), &finished.token_ids, &numbers);
+            (finished, Some(logprobs))
+        });
+        // Only when the runtime ends.
+        named.await.map_err(|_cancelled| Failure::Down { held: false })
     }
 }
 
@@ -120,10 +139,11 @@ impl Serving for LocalEngine {
 
     async fn answer(&self, job: &Job) -> Result<Answer, Failure> {
         let began = Instant::now();
-        let rendered = self.render(job).await?;
-        let sampling = sampling_params(&job.generation);
+        let sampling = sampling_params(&job.generation, self.thread.generation_config());
+        let rendered = self.render(job, sampling.max_new_tokens).await?;
         let finished = self.thread.complete(rendered.token_ids, sampling).await?;
         let Finished { timing, .. } = finished;
+        let (finished, logprobs) = self.name_tokens(finished).await?;
         // The engine's clock starts when it takes the prompt in.
         let before = began.elapsed().saturating_sub(timing.total);
         Ok(Answer {
@@ -140,20 +160,9 @@ impl Serving for LocalEngine {
                 completion_tokens: to_u32(finished.completion_tokens),
                 prompt_sha256: rendered.text_sha256,
                 context_truncated: rendered.context_truncated,
+                logprobs,
             },
         })
-    }
-}
-
-fn sampling_params(generation: &Generation) -> SamplingParams {
-    SamplingParams {
-        max_new_tokens: generation.max_new_tokens as usize,
-        temperature: generation.temperature,
-        top_p: generation.top_p,
-        top_k: generation.top_k as usize,
-        stop: generation.stop.clone(),
-        seed: generation.seed,
-        ..SamplingParams::default()
     }
 }
 

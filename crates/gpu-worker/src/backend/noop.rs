@@ -91,6 +91,7 @@ impl Serving for NoopEngine {
             completion_tokens: 1,
             prompt_sha256: NO_PROMPT.to_owned(),
             context_truncated: false,
+            logprobs: None,
         };
         Ok(Answer {
             completed,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use shared::queue::Publishing;
 use shared::queue::memory::MemoryDelivery;
-use shared::{MemoryQueue, Message, Outcome, Queue, QueueError, Settled};
+use shared::{MemoryQueue, Message, Outcome, Queue, QueueError, Settled, Stored};
 
 /// Most bytes of text in an outcome.
 pub(crate) const LIMIT: usize = 1_000;
@@ -58,7 +58,7 @@ impl Measured for shared::Job {
 impl<T: Message + Measured> Queue<T> for FaultyQueue<T> {
     type Delivery = MemoryDelivery<T>;
 
-    async fn publish(&self, message: T) -> Result<(), QueueError> {
+    async fn publish(&self, message: T) -> Result<Stored, QueueError> {
         self.check()?;
         let bytes = message.num_bytes();
         if bytes > LIMIT {
@@ -69,7 +69,7 @@ impl<T: Message + Measured> Queue<T> for FaultyQueue<T> {
     }
 
     async fn try_publish(&self, message: T) -> Result<Publishing, QueueError> {
-        self.publish(message).await.map(|()| Publishing::Stored)
+        self.publish(message).await.map(|_| Publishing::Stored)
     }
 
     async fn pull(&self, max: usize, wait: Duration) -> Result<Vec<Self::Delivery>, QueueError> {

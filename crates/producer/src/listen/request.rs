@@ -1,5 +1,6 @@
 //! One request: who may ask, what becomes of the records in its body, what is answered.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 use super::ListenConfig;
 use super::body::{self, Limits, Refusal};
 use crate::BadInput;
+use crate::known::Known;
 use crate::publish::{Published, Publisher};
 use crate::read_ahead::{Entry, read_ahead};
 use crate::retrieve::Retriever;
@@ -35,12 +37,16 @@ const MAX_NAMED: usize = 100;
 /// When a client that was sent away may come back, in seconds.
 const RETRY_SECONDS: &str = "2";
 
+/// Makes what tells for one request which of its queries have their line.
+pub(super) type MakeKnown = Box<dyn Fn() -> Box<dyn Known> + Send + Sync>;
+
 /// What all requests share.
 pub(super) struct Shared<J, O> {
     config: ListenConfig,
     token: Option<[u8; 32]>,
     publisher: Publisher<J, O>,
     retriever: Option<Arc<Retriever>>,
+    make_known: MakeKnown,
     slots: Semaphore,
     totals: Mutex<Published>,
     /// The first failure of a queue, which ends the server.
@@ -52,7 +58,7 @@ impl<J: Queue<Job>, O: Queue<Settled>> Shared<J, O> {
     pub(super) fn new(
         config: ListenConfig,
         publisher: Publisher<J, O>,
-        retriever: Option<Arc<Retriever>>,
+        (retriever, make_known): (Option<Arc<Retriever>>, MakeKnown),
         end: CancellationToken,
     ) -> Self {
         Self {
@@ -61,6 +67,7 @@ impl<J: Queue<Job>, O: Queue<Settled>> Shared<J, O> {
             config,
             publisher,
             retriever,
+            make_known,
             totals: Mutex::default(),
             failure: Mutex::default(),
             end,
@@ -85,6 +92,7 @@ impl<J: Queue<Job>, O: Queue<Settled>> Shared<J, O> {
     fn add(&self, published: Published) {
         let mut totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
         totals.jobs += published.jobs;
+        totals.repeated += published.repeated;
         totals.failed += published.failed;
         totals.rejected += published.rejected;
     }
@@ -184,7 +192,8 @@ impl<J: Queue<Job>, O: Queue<Settled>> Shared<J, O> {
     /// Publishes the queries of a body while it comes, and waits until the queue has them.
     async fn take(&self, body: &mut BodyDataStream, division: Division) -> Answer {
         let (feed, reader) = body::channel();
-        let contexts = body_contexts(reader, division, self.retriever.clone());
+        let contexts = body_contexts(reader, division, self.retriever.clone(), (self.make_known)());
+        let mut answer = Answer { num_answered: contexts.num_left_out(), ..Answer::default() };
         let (mut inbox, thread) = read_ahead(contexts, &self.publisher.budget);
         let limits = Limits {
             max_bytes: self.config.max_body_bytes,
@@ -192,7 +201,6 @@ impl<J: Queue<Job>, O: Queue<Settled>> Shared<J, O> {
         };
         let mut pump = std::pin::pin!(body::pump(body, feed, limits));
         let mut pumped = None;
-        let mut answer = Answer::default();
         let mut in_flight = FuturesUnordered::new();
         let mut open = true;
         let mut moved = Instant::now();
@@ -260,10 +268,16 @@ struct Answer {
     header: Option<(HeaderName, &'static str)>,
     #[serde(skip)]
     counts: Published,
+    #[serde(skip)]
+    num_answered: Arc<AtomicU64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
-    /// Queries that became jobs.
+    /// Queries that are jobs on the queue.
     accepted: u64,
+    /// Records left out since they have their line already.
+    answered: u64,
+    /// Of the accepted, queries whose id the queue had already: that job stays, whatever was asked now.
+    already_queued: u64,
     /// Records with an id that became failed lines of the output.
     failed: u64,
     /// Records without one: they are nowhere but here.
@@ -307,6 +321,10 @@ impl Answer {
         self.counts
     }
 
+    fn num_answered(&self) -> u64 {
+        self.num_answered.load(Ordering::Relaxed)
+    }
+
     fn turned_away(self, status: StatusCode, text: &str) -> Self {
         Self { status, error: Some(text.to_owned()), ..self }
     }
@@ -341,7 +359,9 @@ impl Answer {
     /// The body was read to its end, and the queue has what was in it.
     fn done(self) -> Self {
         match self.counts {
-            counts if counts.lines() > 0 => Self { status: StatusCode::ACCEPTED, ..self },
+            counts if counts.lines() + self.num_answered() > 0 => {
+                Self { status: StatusCode::ACCEPTED, ..self }
+            }
             Published { rejected: 0, .. } => {
                 let text = "expected at least one query, given none";
                 self.turned_away(StatusCode::BAD_REQUEST, text)
@@ -355,7 +375,9 @@ impl IntoResponse for Answer {
     fn into_response(self) -> Response {
         let (status, header) = (self.status, self.header.clone());
         let counted = Self {
-            accepted: self.counts.jobs,
+            accepted: self.counts.jobs + self.counts.repeated,
+            already_queued: self.counts.repeated,
+            answered: self.num_answered(),
             failed: self.counts.failed,
             num_rejected: self.counts.rejected,
             ..self

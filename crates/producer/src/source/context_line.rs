@@ -3,9 +3,9 @@
 
 use shared::{Context, JobId, RetrievalMethod};
 
-use super::Rejected;
 use super::fields::{Fields, malformed};
 use super::query::{DEPENDENCIES, invalid_utf8, question, target_api};
+use super::{Rejected, generation};
 
 /// Reads one record.
 pub(super) fn read(record: &[u8]) -> Result<Context, Rejected> {
@@ -42,6 +42,7 @@ fn context(fields: &Fields<'_>, id: &JobId) -> Result<Context, String> {
         success,
         error: fields.text("error")?,
         documents: fields.read("documents", "a list")?.unwrap_or_default(),
+        generation: generation::read(fields)?,
     })
 }
 

@@ -21,7 +21,11 @@ impl<'r> Fields<'r> {
     pub(super) fn parse(record: &'r str) -> Result<Self, String> {
         let kind = kind(record);
         if kind != "an object" && kind != MALFORMED {
-            return Err(format!("expected an object, given {kind}"));
+            // Its first byte may promise what the rest doesn't keep.
+            return Err(match serde_json::from_str::<&RawValue>(record) {
+                Ok(_) => format!("expected an object, given {kind}"),
+                Err(error) => malformed(&error),
+            });
         }
         serde_json::from_str(record).map_err(|error| malformed(&error))
     }
@@ -66,6 +70,12 @@ impl<'r> Fields<'r> {
     pub(super) fn raw(&self, name: &str) -> Option<&'r RawValue> {
         let found = self.0.iter().find(|(field, _)| field == name);
         found.map(|(_, raw)| *raw).filter(|raw| raw.get() != "null")
+    }
+
+    /// All fields that aren't null, with their names.
+    pub(super) fn filled(&self) -> impl Iterator<Item = (&str, &'r RawValue)> {
+        let fields = self.0.iter().map(|(name, raw)| (name.as_str(), *raw));
+        fields.filter(|(_, raw)| raw.get() != "null")
     }
 
     /// A field that holds text; `None` where it is missing or null.

@@ -1,10 +1,10 @@
 //! A record of a queries file: the queries in it, in any of the three shapes.
 
 use serde_json::value::RawValue;
-use shared::{Dependencies, JobId, Query};
+use shared::{Dependencies, Generation, JobId, Query};
 
-use super::Rejected;
 use super::fields::{Fields, kind};
+use super::{Rejected, generation};
 
 /// The fields that name packages, the first that is there counts.
 pub(super) const DEPENDENCIES: [&str; 3] = ["target_dependency", "dependencies", "dependency"];
@@ -33,7 +33,7 @@ pub(super) fn read(record: &[u8]) -> Vec<Result<Query, Rejected>> {
     })
 }
 
-/// `{"id", "query", "target_api", "target_dependency"}`, or the legacy
+/// `{"id", "query", "target_api", "target_dependency", "generation"}`, or the legacy
 /// `{"id", "description", "dependency"}`.
 fn single(fields: &Fields<'_>, id: &JobId) -> Result<Query, String> {
     let legacy = !fields.has("query") && fields.has("description");
@@ -43,22 +43,24 @@ fn single(fields: &Fields<'_>, id: &JobId) -> Result<Query, String> {
         query: fields.filled_text(name)?,
         target_api: target_api(fields)?,
         dependencies: fields.dependencies(&DEPENDENCIES)?,
+        generation: generation::read(fields)?,
     })
 }
 
-/// `{"id", "description", "target_dependency", "queries": [{"query", "target_api"}]}`.
+/// `{"id", "description", "target_dependency", "generation", "queries": [{"query", "target_api",
+/// "generation"}]}`; what an entry says comes before what the record says.
 fn nested(fields: &Fields<'_>, id: &JobId) -> Result<Vec<Result<Query, Rejected>>, String> {
     if fields.has("query") {
         return Err("expected either `query` or `queries`, given both".to_owned());
     }
-    let dependencies = fields.dependencies(&DEPENDENCIES)?;
+    let common = (fields.dependencies(&DEPENDENCIES)?, generation::read(fields)?);
     let entries: Vec<&RawValue> = fields.read("queries", "a list")?.unwrap_or_default();
     if entries.is_empty() {
         return Err("expected queries in `queries`, given none".to_owned());
     }
     let queries = entries.iter().enumerate().map(|(k, raw)| {
         let id = JobId(format!("{id}#{k}"));
-        entry(raw, &id, &dependencies).map_err(|(query, reason)| Rejected {
+        entry(raw, &id, &common).map_err(|(query, reason)| Rejected {
             id: Some(id),
             query,
             reason: format!("entry {k} of `queries`: {reason}"),
@@ -71,7 +73,7 @@ fn nested(fields: &Fields<'_>, id: &JobId) -> Result<Vec<Result<Query, Rejected>
 fn entry(
     raw: &RawValue,
     id: &JobId,
-    dependencies: &Dependencies,
+    (dependencies, common): &(Dependencies, Generation),
 ) -> Result<Query, (Option<String>, String)> {
     if kind(raw.get()) != "an object" {
         let reason = format!("expected an object, given {}", kind(raw.get()));
@@ -85,6 +87,7 @@ fn entry(
             query: fields.filled_text("query")?,
             target_api: target_api(&fields)?,
             dependencies: dependencies.clone(),
+            generation: generation::read(&fields)?.or(common),
         })
     };
     read().map_err(|reason| (question(&fields), reason))

@@ -83,7 +83,9 @@ impl<R: Read> Records<BufReader<R>> {
     pub(super) fn is_ready(&self) -> bool {
         match self {
             Self::Lines(records) => {
-                memchr::memchr(b'\n', records.lines.reader().buffer()).is_some()
+                // Blank lines are no records.
+                let text = records.lines.reader().buffer().trim_ascii_start();
+                memchr::memchr(b'\n', text).is_some()
             }
             Self::Array(scanner) | Self::Values(scanner) => scanner.is_ready(),
         }

@@ -43,7 +43,7 @@ impl Place {
         let shutdown = CancellationToken::new();
         let (source, config, token) = (self.source.clone(), self.config.clone(), shutdown.clone());
         std::thread::spawn(move || {
-            for item in follow(&source, &config, None, |_| false, &token).unwrap() {
+            for item in follow(&source, &config, None, &token).unwrap() {
                 sender.send(item).unwrap();
             }
         });
@@ -52,7 +52,7 @@ impl Place {
 
     fn error(&self) -> Error {
         let token = CancellationToken::new();
-        follow(&self.source, &self.config, None, |_| false, &token).err().unwrap()
+        follow(&self.source, &self.config, None, &token).err().unwrap()
     }
 }
 

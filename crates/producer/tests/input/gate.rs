@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use shared::queue::Publishing;
 use shared::queue::memory::MemoryDelivery;
-use shared::{Delivery, Job, MemoryQueue, Message, Queue, QueueError, Settled};
+use shared::{Delivery, Job, MemoryQueue, Message, Queue, QueueError, Settled, Stored};
 use tokio::sync::{Semaphore, watch};
 
 use crate::soon;
@@ -100,7 +100,7 @@ impl Gate<Job> {
 impl<T: Message + Sized> Queue<T> for Gate<T> {
     type Delivery = MemoryDelivery<T>;
 
-    async fn publish(&self, message: T) -> Result<(), QueueError> {
+    async fn publish(&self, message: T) -> Result<Stored, QueueError> {
         if self.is_broken {
             return Err(QueueError::Server("no such stream".into()));
         }

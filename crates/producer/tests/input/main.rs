@@ -5,6 +5,7 @@
 mod client;
 mod follow;
 mod gate;
+mod generation;
 mod hostile;
 mod listen;
 mod publish;
@@ -13,7 +14,7 @@ mod stdin;
 use std::time::Duration;
 
 use flotilla_producer::JobTemplate;
-use shared::{Context, Dependencies, Generation, JobId, Query, RunId};
+use shared::{Context, Generation, JobId, Query, RunId};
 
 /// After which a test that waits for an event fails.
 const DEADLINE: Duration = Duration::from_secs(20);
@@ -24,20 +25,16 @@ fn template() -> JobTemplate {
         prompt_template: None,
         system_prompt: None,
         generation: Generation {
-            max_new_tokens: 8,
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            stop: Vec::new(),
-            seed: 7,
+            max_new_tokens: Some(8),
+            temperature: Some(0.0),
+            seed: Some(7),
+            ..Generation::default()
         },
     }
 }
 
 fn context(id: &str) -> Context {
-    let id = JobId(id.to_owned());
-    let dependencies = Dependencies::new();
-    Context::empty(Query { id, query: "why?".into(), target_api: None, dependencies })
+    Context::empty(Query::new(JobId(id.to_owned()), "why?".into()))
 }
 
 fn good_line(id: &str) -> String {

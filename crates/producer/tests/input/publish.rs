@@ -50,7 +50,10 @@ async fn a_window_of_publishes_waits_at_a_time_and_all_arrive() {
         jobs.confirm(1000);
     };
     let (published, ()) = tokio::join!(publish_all(numbered(300), &publisher), opened);
-    assert_eq!(published.unwrap(), Published { jobs: 300, failed: 0, rejected: 0 });
+    assert_eq!(
+        published.unwrap(),
+        Published { jobs: 300, failed: 0, rejected: 0, ..Published::default() }
+    );
     assert_eq!(jobs.peak(), 8);
     let expected: Vec<String> = (0..300).map(|k| k.to_string()).collect();
     let mut ids = jobs.ids().await;
@@ -91,7 +94,10 @@ async fn bad_input_with_an_id_fails_and_without_one_is_reported() {
     let mut report = |bad: &BadInput| reported.push(bad.to_string());
     let shutdown = CancellationToken::new();
     let published = soon(publish(items.into_iter(), &publisher, &shutdown, &mut report)).await;
-    assert_eq!(published.unwrap(), Published { jobs: 2, failed: 1, rejected: 1 });
+    assert_eq!(
+        published.unwrap(),
+        Published { jobs: 2, failed: 1, rejected: 1, ..Published::default() }
+    );
     assert_eq!(reported, ["queries.jsonl:3: expected text in `query`, given none"]);
     assert_eq!(jobs.ids().await, ["a", "c"]);
     let failed = outcomes.take().await;
@@ -141,7 +147,7 @@ async fn a_job_too_large_for_the_queue_fails_with_its_question_and_the_others_go
     let long = Context { query: "é".repeat(6000), ..context("long") };
     let items = vec![Ok(context("a")), Ok(large), Ok(long), Ok(context("b"))];
     let published = publish_all(items, &publisher(&jobs, &outcomes)).await.unwrap();
-    assert_eq!(published, Published { jobs: 2, failed: 2, rejected: 0 });
+    assert_eq!(published, Published { jobs: 2, failed: 2, rejected: 0, ..Published::default() });
     assert_eq!(jobs.ids().await, ["a", "b"]);
     let failed = outcomes.take().await;
     for settled in &failed {

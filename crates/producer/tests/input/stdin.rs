@@ -15,7 +15,7 @@ fn read(source: SourceConfig) -> (PipeWriter, Receiver<Item>) {
     let (reader, writer) = std::io::pipe().unwrap();
     let (sender, items) = sync_channel(100);
     std::thread::spawn(move || {
-        for item in contexts_from(reader, &source, None, |_| false).unwrap() {
+        for item in contexts_from(reader, &source, None).unwrap() {
             sender.send(item).unwrap();
         }
     });
@@ -34,12 +34,12 @@ fn next_id(items: &Receiver<Item>) -> String {
 fn lines_are_handed_on_as_they_come() {
     let (mut pipe, items) = read(queries());
     for id in ["a", "b", "c"] {
-        pipe.write_all(good_line(id).as_bytes()).unwrap();
-        assert_eq!(next_id(&items), id);
+        pipe.write_all((good_line(id) + "\n").as_bytes()).unwrap();
+        assert_eq!(next_id(&items), id, "waits for what follows a blank line");
     }
-    pipe.write_all(b"\noops\n{\"id\": \"last\", \"query\": \"q\"}").unwrap();
+    pipe.write_all(b"oops\n{\"id\": \"last\", \"query\": \"q\"}").unwrap();
     let bad = items.recv_timeout(DEADLINE).unwrap().unwrap_err();
-    assert!(bad.to_string().starts_with("<stdin>:5: "), "{bad}");
+    assert!(bad.to_string().starts_with("<stdin>:7: "), "{bad}");
     assert_eq!(bad.index, 3);
     drop(pipe);
     assert_eq!(next_id(&items), "last");

@@ -3,7 +3,7 @@
 use flotilla_producer::{Retriever, TokenCounter};
 use shared::RetrievalMethod;
 
-use super::fixture::{Corpus, paths, query, tokenizer_file};
+use super::fixture::{Corpus, paths, query, tokenizer_json};
 
 #[test]
 fn documents_are_taken_whole_while_they_fit_and_the_last_is_cut_at_a_line() {
@@ -56,13 +56,13 @@ fn the_budget_is_counted_with_the_models_tokenizer_and_never_exceeded() {
     let documents: Vec<(&str, &[&str], &str)> =
         documents.iter().map(|path| (path.as_str(), &["name"][..], text.as_str())).collect();
     let corpus = Corpus::new().release("p/1", &documents);
-    let file = tokenizer_file(corpus.dir.path());
-    let counter = TokenCounter::from_file(&file).unwrap();
+    let tokenizer = tokenizer_json();
+    let counter = TokenCounter::from_json(&tokenizer).unwrap();
     let mut lengths = Vec::new();
     for max_tokens in 1..200 {
         let mut config = corpus.config.clone();
         config.max_tokens = max_tokens;
-        let retriever = Retriever::open(&config, Some(&file)).unwrap();
+        let retriever = Retriever::open(&config, Some(&tokenizer)).unwrap();
         let context = retriever.retrieve(query("zzz", Some("name"), &[]));
         assert!(counter.count(&context.context) <= max_tokens);
         assert!(!context.context.ends_with(char::is_whitespace));
@@ -72,7 +72,7 @@ fn the_budget_is_counted_with_the_models_tokenizer_and_never_exceeded() {
     // The longest line has seven tokens: never is more than that left unused.
     let mut config = corpus.config.clone();
     config.max_tokens = 150;
-    let retriever = Retriever::open(&config, Some(&file)).unwrap();
+    let retriever = Retriever::open(&config, Some(&tokenizer)).unwrap();
     let context = retriever.retrieve(query("zzz", Some("name"), &[]));
     assert!(counter.count(&context.context) > 150 - 8);
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use flotilla_producer::{CorpusType, Retriever};
 
-use super::fixture::{numpy_and_pandas, paths, query, tokenizer_file};
+use super::fixture::{numpy_and_pandas, paths, query, tokenizer_json};
 
 #[test]
 fn an_index_is_built_once_and_again_when_something_changes() {
@@ -23,8 +23,7 @@ fn an_index_is_built_once_and_again_when_something_changes() {
     corpus.config.corpus_type = CorpusType::Srccodes;
     corpus.open();
     assert_eq!(corpus.indexes().len(), 3);
-    let file = tokenizer_file(corpus.dir.path());
-    Retriever::open(&corpus.config, Some(&file)).unwrap();
+    Retriever::open(&corpus.config, Some(&tokenizer_json())).unwrap();
     assert_eq!(corpus.indexes().len(), 4);
 }
 

@@ -1,7 +1,7 @@
 //! Small corpora, queries, and a look at what came back.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use flotilla_producer::{RetrievalConfig, Retriever};
 use serde_json::json;
@@ -84,13 +84,12 @@ pub(crate) fn query(
     dependencies: &[(&str, Option<&str>)],
 ) -> Query {
     Query {
-        id: JobId("id".into()),
-        query: text.into(),
         target_api: target_api.map(Into::into),
         dependencies: dependencies
             .iter()
             .map(|(package, version)| ((*package).to_owned(), version.map(Into::into)))
             .collect(),
+        ..Query::new(JobId("id".into()), text.into())
     }
 }
 
@@ -102,14 +101,12 @@ pub(crate) fn paths(context: &Context) -> Vec<&str> {
 pub(crate) const NUMPY: &[(&str, Option<&str>)] = &[("numpy", Some("1.16.6"))];
 
 /// A tokenizer just big enough to tell its counts from the estimate's.
-pub(crate) fn tokenizer_file(dir: &Path) -> PathBuf {
-    let file = dir.join("tokenizer.json");
+pub(crate) fn tokenizer_json() -> String {
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
         "normalizer": null, "post_processor": null, "decoder": null,
         "pre_tokenizer": {"type": "Whitespace"},
         "model": {"type": "WordLevel", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]"}
     });
-    fs::write(&file, tokenizer.to_string()).unwrap();
-    file
+    tokenizer.to_string()
 }

@@ -7,10 +7,9 @@
 use std::future::Future;
 use std::time::Duration;
 
-use super::{Delivery, Queue};
-use crate::message::{
-    Context, Dependencies, Generation, Job, JobId, Query, RunId, WIRE_VERSION, job_seed,
-};
+use super::{Delivery, Queue, Stored};
+use crate::Generation;
+use crate::message::{Context, Job, JobId, Query, RunId, WIRE_VERSION, job_seed};
 
 /// Makes the queues under test.
 pub trait Harness {
@@ -28,21 +27,17 @@ pub trait Harness {
 pub fn job(id: &str) -> Job {
     let id = JobId(id.to_owned());
     let seed = job_seed(0, &id);
-    let query =
-        Query { id, query: "why?".into(), target_api: None, dependencies: Dependencies::new() };
     Job {
         version: WIRE_VERSION,
         run: RunId("run".into()),
-        context: Context::empty(query),
+        context: Context::empty(Query::new(id, "why?".into())),
         prompt_template: None,
         system_prompt: None,
         generation: Generation {
-            max_new_tokens: 8,
-            temperature: 0.0,
-            top_p: 1.0,
-            top_k: 0,
-            stop: Vec::new(),
-            seed,
+            max_new_tokens: Some(8),
+            temperature: Some(0.0),
+            seed: Some(seed),
+            ..Generation::default()
         },
     }
 }
@@ -197,10 +192,10 @@ async fn publish_waits_while_the_queue_is_full<H: Harness>(harness: &H) {
 
 async fn repeated_publish_of_a_held_message_adds_nothing<H: Harness>(harness: &H) {
     let queue = harness.queue(10).await;
-    queue.publish(job("a")).await.unwrap();
-    queue.publish(job("a")).await.unwrap();
+    assert_eq!(queue.publish(job("a")).await.unwrap(), Stored::New);
+    assert_eq!(queue.publish(job("a")).await.unwrap(), Stored::Repeated);
     let delivery = pull_one(&queue).await;
-    queue.publish(job("a")).await.unwrap();
+    assert_eq!(queue.publish(job("a")).await.unwrap(), Stored::Repeated);
     delivery.ack().await.unwrap();
     assert_drained(&queue).await;
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
 
-use super::{Delivery, Message, Publishing, Queue, QueueError};
+use super::{Delivery, Message, Publishing, Queue, QueueError, Stored};
 
 /// Dead letters kept for inspection; the oldest go first. Few, since a message may be megabytes.
 const MAX_DEAD_LETTERS: usize = 16;
@@ -163,20 +163,20 @@ impl<T> State<T> {
 impl<T: Message> Queue<T> for MemoryQueue<T> {
     type Delivery = MemoryDelivery<T>;
 
-    async fn publish(&self, message: T) -> Result<(), QueueError> {
+    async fn publish(&self, message: T) -> Result<Stored, QueueError> {
         loop {
             let mut room = pin!(self.inner.settled.notified());
             // Registered before the look, so that room made in between isn't missed.
             room.as_mut().enable();
-            if self.store(&message) == Publishing::Stored {
-                return Ok(());
+            if let Some(stored) = self.store(&message) {
+                return Ok(stored);
             }
             room.await;
         }
     }
 
     async fn try_publish(&self, message: T) -> Result<Publishing, QueueError> {
-        Ok(self.store(&message))
+        Ok(self.store(&message).map_or(Publishing::Full, |_| Publishing::Stored))
     }
 
     async fn pull(&self, max: usize, wait: Duration) -> Result<Vec<Self::Delivery>, QueueError> {
@@ -205,23 +205,23 @@ impl<T: Message> Queue<T> for MemoryQueue<T> {
 }
 
 impl<T: Message> MemoryQueue<T> {
-    /// Stores a copy of `message`, if there is room and it isn't held already.
-    fn store(&self, message: &T) -> Publishing {
+    /// Stores a copy of `message`, unless it is held already; `None` if there is no room.
+    fn store(&self, message: &T) -> Option<Stored> {
         let message_id = message.message_id();
         {
             let mut state = self.inner.lock();
             if state.ids.contains(&message_id) {
-                return Publishing::Stored;
+                return Some(Stored::Repeated);
             }
             if state.ids.len() >= self.inner.capacity {
-                return Publishing::Full;
+                return None;
             }
             state.ids.insert(message_id.clone());
             let message = message.clone();
             state.ready.push_back(Entry { message, message_id, attempts: 0 });
         }
         self.inner.arrived.notify_waiters();
-        Publishing::Stored
+        Some(Stored::New)
     }
 
     fn deliver(&self, state: &mut State<T>, mut entry: Entry<T>) -> MemoryDelivery<T> {

@@ -25,6 +25,7 @@ mod delivery;
 mod error;
 mod forgotten;
 mod handover;
+mod known;
 mod publish;
 mod pull;
 mod queue;
@@ -35,6 +36,7 @@ pub use control::ControlRequest;
 pub use dead::DeadLetter;
 pub use delivery::NatsDelivery;
 pub use error::FleetError;
+pub use known::{KnownRequest, MAX_ASKED};
 pub use queue::NatsQueue;
 pub use records::ConsumerStatus;
 
@@ -96,7 +98,7 @@ pub struct Limits {
     pub dead_bytes: u64,
     /// Number of jobs, and of outcomes.
     pub max_jobs: Option<i64>,
-    /// Servers of a cluster that keep each message.
+    /// Servers of a cluster that keep each message: also of streams that exist, if these have fewer.
     pub replicas: usize,
 }
 
@@ -165,6 +167,11 @@ impl Fleet {
     /// a longer one, since its other holders count on it; [`lease`](super::Delivery::lease) tells.
     pub fn with_lease(self, lease: Duration) -> Self {
         Self { lease, ..self }
+    }
+
+    /// How long a delivery stays its holder's without a sign of life, unless its consumer has more.
+    pub fn lease(&self) -> Duration {
+        self.lease
     }
 
     /// The name that dead letters carry.

@@ -9,6 +9,7 @@ use async_nats::rustls;
 use async_nats::{Client, ConnectError, ConnectErrorKind, ConnectOptions, Event, ServerAddr};
 use tokio::sync::watch;
 
+use super::publish::Throttle;
 use super::{FleetError, NatsConfig};
 
 /// The first nats-server without known loss of acknowledged messages that has all we need.
@@ -70,14 +71,13 @@ pub(super) async fn connect(config: &NatsConfig) -> Result<(Client, Link), Fleet
     let options = options(config, sender).await?;
     let addresses = addresses(&config.url)?;
     let mut delay = Duration::from_millis(100);
-    let mut told = false;
+    let notice = Throttle::default();
     let client = loop {
         match options.clone().connect(addresses.clone()).await {
             Ok(client) => break client,
             Err(error) => match lasting(&url, error) {
                 Ok(lasting) => return Err(lasting),
-                Err(passing) if !told => {
-                    told = true;
+                Err(passing) if notice.is_due() => {
                     tracing::warn!(error = %passing, "waiting for the NATS server at {url}");
                 }
                 Err(passing) => tracing::debug!(error = %passing, "still no NATS server at {url}"),

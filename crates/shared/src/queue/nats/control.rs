@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use async_nats::Message as NatsMessage;
 use async_nats::client::{Request as NatsRequest, RequestErrorKind};
+use async_nats::{Message as NatsMessage, Subscriber};
+use bytes::Bytes;
 use futures_util::{Stream, StreamExt};
 
+use super::error::Source;
 use super::{Fleet, FleetError};
 use crate::message::RunId;
 use crate::status::{Reply, Request};
@@ -48,13 +50,9 @@ impl Fleet {
         &self,
         run: &RunId,
     ) -> Result<impl Stream<Item = ControlRequest> + Send + use<>, FleetError> {
-        let subscriber = self.shared.client.subscribe(subject(run)).await;
-        let subscriber = subscriber.map_err(|error| FleetError::server("take requests", error))?;
-        // Known to the server before anybody is told that the collector runs.
-        let flushed = self.shared.client.flush().await;
-        flushed.map_err(|error| FleetError::server("take requests", error))?;
+        let requests = self.requests(subject(run)).await?;
         let fleet = self.clone();
-        Ok(subscriber.filter_map(move |message| {
+        Ok(requests.filter_map(move |message| {
             let fleet = fleet.clone();
             async move {
                 match serde_json::from_slice(&message.payload) {
@@ -76,18 +74,43 @@ impl Fleet {
         request: &Request,
         timeout: Duration,
     ) -> Result<Reply, FleetError> {
-        let what = || format!("bring the answer of the collector of run '{}'", run.0);
-        let text =
-            serde_json::to_vec(request).map_err(|error| FleetError::server(what(), error))?;
-        let request = NatsRequest::new().payload(text.into()).timeout(Some(timeout));
-        let answer = self.shared.client.send_request(subject(run), request).await;
-        match answer {
-            Ok(answer) => serde_json::from_slice(&answer.payload)
-                .map_err(|error| FleetError::server(what(), error)),
+        let unread = |error| FleetError::server("pass a request on", error);
+        let text = serde_json::to_vec(request).map_err(unread)?;
+        let answer = self.ask_collector(run, subject(run), text.into(), timeout).await?;
+        serde_json::from_slice(&answer).map_err(|error| untold(run, error))
+    }
+
+    /// What comes to a subject.
+    pub(super) async fn requests(&self, subject: String) -> Result<Subscriber, FleetError> {
+        let failed = |error: Source| FleetError::server("take requests", error);
+        let subscriber = self.shared.client.subscribe(subject).await;
+        let subscriber = subscriber.map_err(|error| failed(error.into()))?;
+        // Known to the server before anybody is told that the collector runs.
+        let flushed = self.shared.client.flush().await;
+        flushed.map_err(|error| failed(error.into()))?;
+        Ok(subscriber)
+    }
+
+    /// What this run's collector answers to a request.
+    pub(super) async fn ask_collector(
+        &self,
+        run: &RunId,
+        subject: String,
+        request: Bytes,
+        timeout: Duration,
+    ) -> Result<Bytes, FleetError> {
+        let request = NatsRequest::new().payload(request).timeout(Some(timeout));
+        match self.shared.client.send_request(subject, request).await {
+            Ok(answer) => Ok(answer.payload),
             Err(error) if error.kind() == RequestErrorKind::NoResponders => {
                 Err(FleetError::NoCollector { run: run.0.clone() })
             }
-            Err(error) => Err(FleetError::server(what(), error)),
+            Err(error) => Err(untold(run, error)),
         }
     }
+}
+
+/// No answer of this run's collector, or none that can be understood.
+pub(super) fn untold(run: &RunId, error: impl Into<Source>) -> FleetError {
+    FleetError::server(format!("bring the answer of the collector of run '{}'", run.0), error)
 }

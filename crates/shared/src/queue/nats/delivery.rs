@@ -104,7 +104,10 @@ impl Received {
         let mut signs = tokio::time::interval((lease / 3).max(MIN_RETRY_DELAY));
         loop {
             tokio::select! {
-                stored = &mut storing => break stored?,
+                stored = &mut storing => {
+                    stored?;
+                    break;
+                }
                 // The dead letters may be full for long, and nobody else is to start on it meanwhile.
                 _ = signs.tick() => { self.keep_alive(fleet).await; }
             }

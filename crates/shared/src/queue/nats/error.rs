@@ -10,7 +10,7 @@ use thiserror::Error;
 use crate::queue::QueueError;
 
 /// Any error.
-type Source = Box<dyn std::error::Error + Send + Sync>;
+pub(super) type Source = Box<dyn std::error::Error + Send + Sync>;
 
 /// Why the fleet's server can't be used, or did not answer.
 #[derive(Debug, Error)]
@@ -95,6 +95,16 @@ pub enum FleetError {
         wanted: i64,
         /// Bytes that this account has reserved.
         reserved: u64,
+    },
+    /// Several servers shall keep each message, and there is one.
+    #[error(
+        "expected a cluster of at least {replicas} NATS servers at {url}, found a single server"
+    )]
+    NoCluster {
+        /// The server, without secrets.
+        url: String,
+        /// Servers asked for.
+        replicas: usize,
     },
     /// Nobody answers for this run.
     #[error("no collector of run '{run}' answers: expected one to be running")]

@@ -18,7 +18,7 @@ use tokio::time::Instant;
 
 use super::streams::{Nothing, code};
 use super::{FleetError, Shared};
-use crate::queue::{Publishing, QueueError};
+use crate::queue::{Publishing, QueueError, Stored};
 
 /// Header by which the server knows a repeated publish.
 const MESSAGE_ID: &str = "Nats-Msg-Id";
@@ -85,7 +85,7 @@ fn header_id(id: &str) -> String {
 
 /// What came of one try.
 enum Attempt {
-    Stored,
+    Stored(Stored),
     Full,
     /// Something that passes.
     Trouble(String),
@@ -134,13 +134,17 @@ impl Throttle {
 
 impl Shared {
     /// Stores the message; waits for room and for passing trouble to end.
-    pub(super) async fn store(&self, envelope: &Envelope) -> Result<(), QueueError> {
+    pub(super) async fn store(&self, envelope: &Envelope) -> Result<Stored, QueueError> {
         let mut trouble = Backoff::new(TROUBLE_DELAY);
+        // What an earlier try of this very publish may have stored is no repetition.
+        let mut may_be_stored = false;
         loop {
             match self.attempt(envelope).await? {
-                Attempt::Stored => return Ok(()),
+                Attempt::Stored(_) if may_be_stored => return Ok(Stored::New),
+                Attempt::Stored(stored) => return Ok(stored),
                 Attempt::Full => return self.store_when_there_is_room(envelope).await,
                 Attempt::Trouble(error) => {
+                    may_be_stored = true;
                     self.tell_trouble(envelope, &error);
                     trouble.wait().await;
                 }
@@ -154,7 +158,7 @@ impl Shared {
             let mut trouble = Backoff::new(TROUBLE_DELAY);
             loop {
                 match self.attempt(envelope).await? {
-                    Attempt::Stored => return Ok(Publishing::Stored),
+                    Attempt::Stored(_) => return Ok(Publishing::Stored),
                     Attempt::Full => return Ok(Publishing::Full),
                     Attempt::Trouble(error) => {
                         self.tell_trouble(envelope, &error);
@@ -166,14 +170,15 @@ impl Shared {
         tokio::time::timeout(TRY_TIMEOUT, trying).await.unwrap_or(Ok(Publishing::Full))
     }
 
-    async fn store_when_there_is_room(&self, envelope: &Envelope) -> Result<(), QueueError> {
+    /// One that waits for room is a new one: a message that is there needs none.
+    async fn store_when_there_is_room(&self, envelope: &Envelope) -> Result<Stored, QueueError> {
         self.check_fits(envelope).await?;
         let _gate = self.notices.gate.lock().await;
         let mut full = Backoff::new(FULL_DELAY);
         let mut trouble = Backoff::new(TROUBLE_DELAY);
         loop {
             match self.attempt(envelope).await? {
-                Attempt::Stored => return Ok(()),
+                Attempt::Stored(_) => return Ok(Stored::New),
                 Attempt::Full => {
                     if self.notices.full.is_due() {
                         tracing::info!(
@@ -257,7 +262,10 @@ fn too_large(envelope: &Envelope, limit: usize) -> QueueError {
 /// What the server's answer says.
 fn confirmed(envelope: &Envelope, answer: &[u8], limit: usize) -> Result<Attempt, QueueError> {
     let error = match serde_json::from_slice::<Response<PublishAck>>(answer) {
-        Ok(Response::Ok(_)) => return Ok(Attempt::Stored),
+        Ok(Response::Ok(PublishAck { duplicate: true, .. })) => {
+            return Ok(Attempt::Stored(Stored::Repeated));
+        }
+        Ok(Response::Ok(_)) => return Ok(Attempt::Stored(Stored::New)),
         Ok(Response::Err { error }) => error,
         Err(error) => return Ok(Attempt::Trouble(format!("no confirmation: {error}"))),
     };
@@ -297,10 +305,10 @@ mod tests {
                 r#"{{"error":{{"code":503,"err_code":{code},"description":"{text}"}},"stream":"S","seq":0}}"#
             )
         };
-        assert!(matches!(attempt(r#"{"stream":"S","seq":7}"#), Ok(Attempt::Stored)));
+        assert!(matches!(attempt(r#"{"stream":"S","seq":7}"#), Ok(Attempt::Stored(Stored::New))));
         assert!(matches!(
             attempt(r#"{"stream":"S","seq":7,"duplicate":true}"#),
-            Ok(Attempt::Stored)
+            Ok(Attempt::Stored(Stored::Repeated))
         ));
         assert!(matches!(attempt(&error(10077, "maximum bytes exceeded")), Ok(Attempt::Full)));
         assert!(matches!(attempt(&error(10077, "maximum messages exceeded")), Ok(Attempt::Full)));

@@ -15,7 +15,7 @@ use super::pull::Puller;
 use super::streams::{Nothing, code, is_absent};
 use super::{Fleet, FleetError, JOBS, NatsDelivery, RESULTS, job_subject, outcome_subject};
 use crate::message::{Job, RunId, Settled};
-use crate::queue::{Message, Publishing, Queue, QueueError};
+use crate::queue::{Message, Publishing, Queue, QueueError, Stored};
 use crate::token;
 
 /// Above all slots of a fleet together: reached, it stalls without a word.
@@ -80,7 +80,7 @@ impl NatsQueue<Job> {
     pub(super) async fn republish(&self, job: &Job) -> Result<(), QueueError> {
         let fresh_id = self.inner.fleet.shared.client.new_inbox();
         let envelope = self.inner.envelope(job, Some(&fresh_id))?;
-        self.inner.fleet.shared.store(&envelope).await
+        self.inner.fleet.shared.store(&envelope).await.map(drop)
     }
 }
 
@@ -123,7 +123,7 @@ impl<T: Message> NatsQueue<T> {
 impl<T: Message> Queue<T> for NatsQueue<T> {
     type Delivery = NatsDelivery<T>;
 
-    async fn publish(&self, message: T) -> Result<(), QueueError> {
+    async fn publish(&self, message: T) -> Result<Stored, QueueError> {
         let envelope = self.inner.envelope(&message, self.inner.message_id(&message).as_deref())?;
         drop(message);
         self.inner.fleet.shared.store(&envelope).await

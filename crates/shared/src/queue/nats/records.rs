@@ -14,14 +14,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::streams::{Nothing, code};
-use super::{Fleet, FleetError, JOBS, RESULTS, STATUS, dead, run_token};
+use super::{Fleet, FleetError, JOBS, RESULTS, STATUS, dead, job_subject, run_token};
 use crate::message::RunId;
-use crate::status::{RunStatus, WorkerStatus};
+use crate::status::{Role, RunStatus, WorkerStatus, unix_now};
 use crate::token;
 
 /// How long a record outlives the last word of who wrote it.
 const RECORD_AGE: Duration = Duration::from_secs(24 * 3600);
-/// A record is small, and there is one a worker and two a run.
+/// A record is small, and there is one a worker, a producer and a run.
 const RECORDS_BYTES: i64 = 64 << 20;
 /// The bucket's stream.
 const STATUS_STREAM: &str = "KV_flotilla-status";
@@ -58,6 +58,11 @@ struct SubjectsState {
 }
 
 #[derive(Deserialize)]
+struct Purged {
+    purged: u64,
+}
+
+#[derive(Deserialize)]
 struct Consumers {
     consumers: Option<Vec<Info>>,
     total: u64,
@@ -71,6 +76,17 @@ impl Fleet {
             Some(((dead::model(&subject)?, run_of(&subject)?), count))
         });
         Ok(named.collect())
+    }
+
+    /// Removes the jobs of a run from the queue, of all models and those in flight too; how many there
+    /// were.
+    pub async fn drop_jobs(&self, run: &RunId) -> Result<u64, FleetError> {
+        let body = json!({ "filter": job_subject("*", run) });
+        match self.shared.api::<Purged>(format!("STREAM.PURGE.{JOBS}"), &body).await {
+            Ok(Purged { purged }) => Ok(purged),
+            Err(error) if error.code() == Some(code::STREAM_NOT_FOUND) => Ok(0),
+            Err(error) => Err(FleetError::server("drop jobs", error)),
+        }
     }
 
     /// Outcomes in the queue by run, those in flight included.
@@ -123,13 +139,35 @@ impl Fleet {
 
     /// Tells about a run.
     pub async fn put_run(&self, status: &RunStatus) -> Result<(), FleetError> {
-        let run = token::encode(&status.run.0);
-        self.put(&format!("run.{run}.{}", status.role.name()), status).await
+        self.put(&run_key(status), status).await
+    }
+
+    /// Forgets what one has told about a run.
+    pub async fn remove_run(&self, status: &RunStatus) -> Result<(), FleetError> {
+        let removed = self.bucket().await?.purge(run_key(status)).await;
+        removed.map_err(|error| FleetError::server("remove a run's record", error))
     }
 
     /// What the producers and collectors of the last day tell.
     pub async fn runs(&self) -> Result<Vec<RunStatus>, FleetError> {
-        self.records("run.*.*").await
+        self.records("run.>").await
+    }
+
+    /// The same of one run.
+    pub async fn run(&self, run: &RunId) -> Result<Vec<RunStatus>, FleetError> {
+        self.records(&format!("run.{}.>", token::encode(&run.0))).await
+    }
+
+    /// Keeps the records of producers that are gone for another day: a run may last longer, and is
+    /// not complete without them.
+    pub async fn keep_producers(&self, run: &RunId) -> Result<(), FleetError> {
+        let now = unix_now();
+        for status in self.run(run).await? {
+            if status.role == Role::Producer && status.is_gone(now) {
+                self.put_run(&status).await?;
+            }
+        }
+        Ok(())
     }
 
     /// Messages of a stream by subject, where there are any.
@@ -264,10 +302,24 @@ impl Fleet {
             num_replicas: self.shared.limits.replicas.max(1),
             ..kv::Config::default()
         };
-        let store = self.shared.jetstream.create_key_value(config).await;
-        let store = store
-            .map_err(|error| FleetError::server("make the bucket of status records", error))?;
+        let store = match self.shared.jetstream.get_key_value(STATUS).await {
+            Ok(store) => store,
+            Err(_missing) => {
+                self.shared.jetstream.create_key_value(config).await.map_err(|error| {
+                    FleetError::server("make the bucket of status records", error)
+                })?
+            }
+        };
+        self.shared.raise_replicas(store.stream.cached_info()).await;
         Ok(bucket.insert(store).clone())
+    }
+}
+
+fn run_key(status: &RunStatus) -> String {
+    let run = token::encode(&status.run.0);
+    match status.role {
+        Role::Producer => format!("run.{run}.producer.{}", token::encode(&status.id)),
+        Role::Collector => format!("run.{run}.collector"),
     }
 }
 

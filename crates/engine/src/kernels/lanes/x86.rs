@@ -1,0 +1,194 @@
+//! Vectors of the x86 instruction sets.
+
+use std::arch::x86_64::{
+    __m256, __m512, _mm_load_si128, _mm_srli_si128, _mm256_castsi256_ps, _mm256_cvtepi8_epi32,
+    _mm256_cvtepi32_ps, _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
+    _mm256_fmadd_ps, _mm256_load_ps, _mm256_load_si256, _mm256_mul_ps, _mm256_set1_ps,
+    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_store_ps, _mm256_sub_ps, _mm512_castsi512_ps,
+    _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_cvtepu16_epi32,
+    _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_ps, _mm512_mul_ps, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_store_ps, _mm512_sub_ps,
+};
+
+use super::{Bf16Lanes, F16Lanes, I8Lanes, Lanes, U8Lanes, Vector};
+
+/// One AVX-512 register.
+#[derive(Clone, Copy)]
+pub(in crate::kernels) struct Avx512(__m512);
+
+#[expect(unsafe_code, reason = "vector instructions")]
+impl Vector for Avx512 {
+    const MAX_ROWS: usize = 8;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        // SAFETY: only named under avx512f.
+        Self(unsafe { _mm512_setzero_ps() })
+    }
+
+    #[inline(always)]
+    fn load(from: &Lanes) -> Self {
+        // SAFETY: only named under avx512f; 16 numbers, aligned to 64 bytes.
+        Self(unsafe { _mm512_load_ps(from.0.as_ptr()) })
+    }
+
+    #[inline(always)]
+    fn load_f16(from: &F16Lanes) -> Self {
+        // SAFETY: only named under avx512f; 32 bytes, aligned to 32.
+        Self(unsafe { _mm512_cvtph_ps(_mm256_load_si256(from.0.as_ptr().cast())) })
+    }
+
+    #[inline(always)]
+    fn load_bf16(from: &Bf16Lanes) -> Self {
+        // SAFETY: only named under avx512f; 32 bytes, aligned to 32.
+        Self(unsafe {
+            let halves = _mm256_load_si256(from.0.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+        })
+    }
+
+    #[inline(always)]
+    fn load_i8(from: &I8Lanes) -> Self {
+        // SAFETY: only named under avx512f; 16 bytes, aligned to 16.
+        Self(unsafe {
+            let bytes = _mm_load_si128(from.0.as_ptr().cast());
+            _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))
+        })
+    }
+
+    #[inline(always)]
+    fn load_u8(from: &U8Lanes) -> Self {
+        // SAFETY: only named under avx512f; 16 bytes, aligned to 16.
+        Self(unsafe {
+            let bytes = _mm_load_si128(from.0.as_ptr().cast());
+            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))
+        })
+    }
+
+    #[inline(always)]
+    fn fma(self, x: f32, w: Self) -> Self {
+        // SAFETY: only named under avx512f.
+        Self(unsafe { _mm512_fmadd_ps(_mm512_set1_ps(x), w.0, self.0) })
+    }
+
+    #[inline(always)]
+    fn mul(self, by: Self) -> Self {
+        // SAFETY: only named under avx512f.
+        Self(unsafe { _mm512_mul_ps(self.0, by.0) })
+    }
+
+    #[inline(always)]
+    fn sub(self, minus: Self) -> Self {
+        // SAFETY: only named under avx512f.
+        Self(unsafe { _mm512_sub_ps(self.0, minus.0) })
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut Lanes) {
+        // SAFETY: only named under avx512f; room for 16 numbers, aligned to 64 bytes.
+        unsafe { _mm512_store_ps(to.0.as_mut_ptr(), self.0) }
+    }
+}
+
+/// Two AVX2 registers.
+#[derive(Clone, Copy)]
+pub(in crate::kernels) struct Avx2(__m256, __m256);
+
+#[expect(unsafe_code, reason = "vector instructions")]
+impl Vector for Avx2 {
+    const MAX_ROWS: usize = 6;
+
+    #[inline(always)]
+    fn zero() -> Self {
+        // SAFETY: only named under avx2, fma and f16c.
+        unsafe { Self(_mm256_setzero_ps(), _mm256_setzero_ps()) }
+    }
+
+    #[inline(always)]
+    fn load(from: &Lanes) -> Self {
+        let (low, high) = from.0.split_at(8);
+        // SAFETY: only named under avx2, fma and f16c; twice 8 numbers, aligned to 32 bytes.
+        unsafe { Self(_mm256_load_ps(low.as_ptr()), _mm256_load_ps(high.as_ptr())) }
+    }
+
+    #[inline(always)]
+    fn load_f16(from: &F16Lanes) -> Self {
+        let (low, high) = from.0.split_at(8);
+        // SAFETY: only named under avx2, fma and f16c; twice 16 bytes, aligned to 16.
+        unsafe {
+            Self(
+                _mm256_cvtph_ps(_mm_load_si128(low.as_ptr().cast())),
+                _mm256_cvtph_ps(_mm_load_si128(high.as_ptr().cast())),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn load_bf16(from: &Bf16Lanes) -> Self {
+        let (low, high) = from.0.split_at(8);
+        // SAFETY: only named under avx2, fma and f16c; twice 16 bytes, aligned to 16.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_load_si128(low.as_ptr().cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_load_si128(high.as_ptr().cast()));
+            Self(
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)),
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high)),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn load_i8(from: &I8Lanes) -> Self {
+        // SAFETY: only named under avx2, fma and f16c; 16 bytes, aligned to 16.
+        unsafe {
+            let bytes = _mm_load_si128(from.0.as_ptr().cast());
+            Self(
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes))),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn load_u8(from: &U8Lanes) -> Self {
+        // SAFETY: only named under avx2, fma and f16c; 16 bytes, aligned to 16.
+        unsafe {
+            let bytes = _mm_load_si128(from.0.as_ptr().cast());
+            Self(
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes))),
+            )
+        }
+    }
+
+    #[inline(always)]
+    fn fma(self, x: f32, w: Self) -> Self {
+        // SAFETY: only named under avx2, fma and f16c.
+        unsafe {
+            let x = _mm256_set1_ps(x);
+            Self(_mm256_fmadd_ps(x, w.0, self.0), _mm256_fmadd_ps(x, w.1, self.1))
+        }
+    }
+
+    #[inline(always)]
+    fn mul(self, by: Self) -> Self {
+        // SAFETY: only named under avx2, fma and f16c.
+        unsafe { Self(_mm256_mul_ps(self.0, by.0), _mm256_mul_ps(self.1, by.1)) }
+    }
+
+    #[inline(always)]
+    fn sub(self, minus: Self) -> Self {
+        // SAFETY: only named under avx2, fma and f16c.
+        unsafe { Self(_mm256_sub_ps(self.0, minus.0), _mm256_sub_ps(self.1, minus.1)) }
+    }
+
+    #[inline(always)]
+    fn store(self, to: &mut Lanes) {
+        let (low, high) = to.0.split_at_mut(8);
+        // SAFETY: only named under avx2, fma and f16c; room for twice 8 numbers, aligned to 32 bytes.
+        unsafe {
+            _mm256_store_ps(low.as_mut_ptr(), self.0);
+            _mm256_store_ps(high.as_mut_ptr(), self.1);
+        }
+    }
+}

@@ -1,0 +1,202 @@
+//! The weights of a linear layer, packed at load into panels of 16 outputs.
+
+use super::blocks::{BlockPanels, lines_per_panel, pack_row};
+use super::lanes::{Bf16Lanes, F16Lanes, Stored, U8Lanes};
+use super::{Kernel, LANES, Lanes, Simd, Threads, Vector};
+use crate::weights::Format;
+
+/// The weights of a linear layer, `(out_features, in_features)`.
+///
+/// Inside a panel `k` (the input) is the slow index. Weights stay in the format that they are given in;
+/// what is next to each other and in one format is one part.
+#[derive(Debug, Default)]
+pub(crate) struct PackedMatrix {
+    pub(super) parts: Vec<PackedRows>,
+    pub(super) in_features: usize,
+    pub(super) out_features: usize,
+}
+
+/// Consecutive outputs in one format.
+#[derive(Debug)]
+pub(super) struct PackedRows {
+    pub(super) panels: Panels,
+    pub(super) first_output: usize,
+    pub(super) num_outputs: usize,
+}
+
+/// Panels one behind the other.
+#[derive(Debug)]
+pub(super) enum Panels {
+    F32(Vec<Lanes>),
+    F16(Vec<F16Lanes>),
+    Bf16(Vec<Bf16Lanes>),
+    Block(BlockPanels),
+}
+
+/// Rows to be packed: the weights of some outputs.
+pub(crate) struct RowSource<'a> {
+    /// How they are kept.
+    pub(crate) format: Format,
+    /// How many there are.
+    pub(crate) num_rows: usize,
+    /// Writes the bytes of a row, in this format.
+    pub(crate) write: &'a (dyn Fn(usize, &mut [u8]) + Sync),
+}
+
+impl PackedMatrix {
+    /// Packs the rows of several sources, one behind the other.
+    pub(crate) fn pack(threads: &Threads, in_features: usize, sources: &[RowSource<'_>]) -> Self {
+        let mut out_features = 0;
+        let mut parts = Vec::new();
+        for sources in sources.chunk_by(|a, b| a.format == b.format) {
+            let part = PackedRows::pack(threads, in_features, out_features, sources);
+            out_features += part.num_outputs;
+            parts.push(part);
+        }
+        Self { parts, in_features, out_features }
+    }
+
+    /// Memory that it takes.
+    pub(crate) fn num_bytes(&self) -> usize {
+        let bytes = |part: &PackedRows| match &part.panels {
+            Panels::F32(lanes) => size_of_val(&**lanes),
+            Panels::F16(lanes) => size_of_val(&**lanes),
+            Panels::Bf16(lanes) => size_of_val(&**lanes),
+            Panels::Block(panels) => panels.num_bytes(),
+        };
+        self.parts.iter().map(bytes).sum()
+    }
+
+    /// Widens the weights of one output: `(in_features)`.
+    pub(crate) fn row(&self, simd: Simd, output: usize, out: &mut [f32]) {
+        assert_eq!(out.len(), self.in_features, "numbers of a row");
+        let found = self.parts.iter().rfind(|part| part.first_output <= output);
+        let part = found.expect("an output of the matrix");
+        simd.run(UnpackRow { panels: &part.panels, output: output - part.first_output, out });
+    }
+}
+
+/// Memory that a matrix of one format takes.
+pub(crate) fn packed_bytes(format: Format, out_features: usize, in_features: usize) -> usize {
+    let panel_bytes = match format {
+        Format::Block(block) => lines_per_panel(block, in_features) * size_of::<U8Lanes>(),
+        _ => LANES * format.num_bytes(in_features),
+    };
+    out_features.div_ceil(LANES) * panel_bytes
+}
+
+impl PackedRows {
+    fn pack(
+        threads: &Threads,
+        in_features: usize,
+        first_output: usize,
+        sources: &[RowSource<'_>],
+    ) -> Self {
+        let format = sources[0].format;
+        let num_outputs = sources.iter().map(|source| source.num_rows).sum();
+        let write = |mut row: usize, bytes: &mut [u8]| {
+            for source in sources {
+                if row < source.num_rows {
+                    (source.write)(row, bytes);
+                    return;
+                }
+                row -= source.num_rows;
+            }
+        };
+        let rows = Rows { threads, write: &write, num_outputs, in_features, format };
+        let panels = match format {
+            Format::F32 => Panels::F32(rows.pack(|lanes: &mut Lanes, lane, bytes| {
+                lanes.0[lane] = f32::from_le_bytes(bytes);
+            })),
+            Format::F16 => Panels::F16(rows.pack(|lanes: &mut F16Lanes, lane, bytes| {
+                lanes.0[lane] = u16::from_le_bytes(bytes);
+            })),
+            Format::Bf16 => Panels::Bf16(rows.pack(|lanes: &mut Bf16Lanes, lane, bytes| {
+                lanes.0[lane] = u16::from_le_bytes(bytes);
+            })),
+            Format::Block(block) => {
+                let num_panels = num_outputs.div_ceil(LANES);
+                let mut panels = BlockPanels::new(block, num_panels, in_features);
+                let lines = lines_per_panel(block, in_features);
+                rows.pack_panels(panels.lines_mut(), lines, |panel, lane, bytes| {
+                    pack_row(block, bytes, lane, panel);
+                });
+                Panels::Block(panels)
+            }
+        };
+        Self { panels, first_output, num_outputs }
+    }
+}
+
+/// Rows of one format, to be packed.
+struct Rows<'a, W> {
+    threads: &'a Threads,
+    write: &'a W,
+    num_outputs: usize,
+    in_features: usize,
+    format: Format,
+}
+
+impl<W: Fn(usize, &mut [u8]) + Sync> Rows<'_, W> {
+    /// Panels of plain numbers of `N` bytes.
+    fn pack<S: Stored, const N: usize>(
+        &self,
+        set: impl Fn(&mut S, usize, [u8; N]) + Send + Sync,
+    ) -> Vec<S> {
+        let mut panels = vec![S::ZERO; self.num_outputs.div_ceil(LANES) * self.in_features];
+        self.pack_panels(&mut panels, self.in_features, |panel, lane, bytes| {
+            for (lanes, bytes) in panel.iter_mut().zip(bytes.as_chunks::<N>().0) {
+                set(lanes, lane, *bytes);
+            }
+        });
+        panels
+    }
+
+    /// Calls `put(panel, lane, bytes of the row)` for every row.
+    fn pack_panels<T: Send>(
+        &self,
+        panels: &mut [T],
+        panel_len: usize,
+        put: impl Fn(&mut [T], usize, &[u8]) + Send + Sync,
+    ) {
+        let row_bytes = self.format.num_bytes(self.in_features);
+        self.threads.share_chunks(panels, panel_len, |index, bytes: &mut Vec<u8>, panel| {
+            bytes.resize(row_bytes, 0);
+            let first = index * LANES;
+            for lane in 0..LANES.min(self.num_outputs - first) {
+                (self.write)(first + lane, bytes);
+                put(panel, lane, bytes);
+            }
+        });
+    }
+}
+
+/// Widens one lane of a panel.
+struct UnpackRow<'a> {
+    panels: &'a Panels,
+    output: usize,
+    out: &'a mut [f32],
+}
+
+impl Kernel for UnpackRow<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        let Self { panels, output, out } = self;
+        let (panel, lane) = (output / LANES, output % LANES);
+        match panels {
+            Panels::F32(lanes) => unpack::<V, _>(lanes, panel, lane, out),
+            Panels::F16(lanes) => unpack::<V, _>(lanes, panel, lane, out),
+            Panels::Bf16(lanes) => unpack::<V, _>(lanes, panel, lane, out),
+            Panels::Block(panels) => panels.row::<V>(panel, lane, out),
+        }
+    }
+}
+
+#[inline(always)]
+fn unpack<V: Vector, S: Stored>(panels: &[S], panel: usize, lane: usize, out: &mut [f32]) {
+    let mut widened = Lanes::ZERO;
+    for (lanes, out) in panels[panel * out.len()..].iter().zip(out) {
+        lanes.load::<V>().store(&mut widened);
+        *out = widened.0[lane];
+    }
+}

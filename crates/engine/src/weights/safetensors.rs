@@ -1,0 +1,179 @@
+//! The safetensors files of a folder, whole or in shards, mapped into memory.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, Metadata};
+
+use super::{Format, Layout, Stored, map};
+use crate::Error;
+
+const SINGLE_FILE: &str = "model.safetensors";
+const INDEX_FILE: &str = "model.safetensors.index.json";
+
+/// Endings of weights in formats that are not read.
+const FOREIGN_FORMATS: [&str; 7] = ["bin", "pt", "pth", "h5", "msgpack", "onnx", "ckpt"];
+
+/// The files of a checkpoint.
+#[derive(Debug)]
+pub(crate) struct SafetensorsFiles {
+    files: Vec<SafetensorsFile>,
+    /// Which file has a tensor, by the name in the file.
+    owners: HashMap<String, usize>,
+}
+
+#[derive(Debug)]
+struct SafetensorsFile {
+    path: PathBuf,
+    memory: Mmap,
+    metadata: Metadata,
+    data_start: usize,
+}
+
+#[derive(serde::Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
+impl SafetensorsFiles {
+    /// Opens the files in a model's folder.
+    pub(crate) fn open(folder: &Path) -> Result<Self, Error> {
+        let single = folder.join(SINGLE_FILE);
+        let index = folder.join(INDEX_FILE);
+        let paths = if single.is_file() {
+            vec![single]
+        } else if index.is_file() {
+            shards(folder, index)?
+        } else {
+            return Err(no_weights(folder));
+        };
+        let files: Vec<_> =
+            paths.into_iter().map(SafetensorsFile::open).collect::<Result<_, _>>()?;
+        let mut owners = HashMap::new();
+        for (number, file) in files.iter().enumerate() {
+            for name in file.metadata.tensors().into_keys() {
+                owners.entry(name).or_insert(number);
+            }
+        }
+        Ok(Self { files, owners })
+    }
+
+    /// A tensor by transformers' name for it. A base model, saved without its head, lacks what its names
+    /// begin with.
+    pub(crate) fn find(&self, name: &str) -> Result<Option<Stored<'_>>, Error> {
+        let names = [Some(name), name.strip_prefix("model.")];
+        let mut found = names.into_iter().flatten().filter_map(|name| {
+            let number = self.owners.get(name)?;
+            Some(self.files[*number].stored(name))
+        });
+        found.next().transpose()
+    }
+
+    /// Bytes of all files.
+    pub(crate) fn num_bytes(&self) -> u64 {
+        self.files.iter().map(|file| file.memory.len() as u64).sum()
+    }
+
+    /// The files, for errors.
+    pub(crate) fn names(&self) -> String {
+        let names: Vec<_> = self.files.iter().map(|file| file.path.display().to_string()).collect();
+        names.join(", ")
+    }
+}
+
+impl SafetensorsFile {
+    fn open(path: PathBuf) -> Result<Self, Error> {
+        let memory = map(&path)?;
+        let (header_len, metadata) = SafeTensors::read_metadata(&memory).map_err(|error| {
+            Error::Model(format!(
+                "{} is damaged or no safetensors file: {error} (it has {} bytes)",
+                path.display(),
+                memory.len()
+            ))
+        })?;
+        Ok(Self { path, data_start: size_of::<u64>() + header_len, metadata, memory })
+    }
+
+    /// A tensor that the header has.
+    fn stored(&self, name: &str) -> Result<Stored<'_>, Error> {
+        let wrong = |what: String| {
+            Error::Model(format!("the tensor {name} in {} {what}", self.path.display()))
+        };
+        let info = self.metadata.info(name).ok_or_else(|| wrong("is missing".into()))?;
+        let format = match info.dtype {
+            Dtype::F32 => Format::F32,
+            Dtype::F16 => Format::F16,
+            Dtype::BF16 => Format::Bf16,
+            other => {
+                return Err(wrong(format!("has dtype {other:?}, expected F32, F16 or BF16")));
+            }
+        };
+        let (start, end) = info.data_offsets;
+        let bytes = self
+            .memory
+            .get(self.data_start + start..self.data_start + end)
+            .filter(|bytes| bytes.len() == format.num_bytes(info.shape.iter().product()))
+            .ok_or_else(|| wrong("doesn't have the bytes its header promises".into()))?;
+        Ok(Stored {
+            file: &self.path,
+            memory: &self.memory,
+            bytes,
+            format,
+            shape: info.shape.clone(),
+            layout: Layout::default(),
+        })
+    }
+}
+
+/// The files that an index names, each once.
+fn shards(folder: &Path, index: PathBuf) -> Result<Vec<PathBuf>, Error> {
+    let text = match std::fs::read_to_string(&index) {
+        Ok(text) => text,
+        Err(source) => {
+            return Err(Error::Io { path: index, source });
+        }
+    };
+    let parsed: Index = serde_json::from_str(&text).map_err(|error| {
+        Error::Model(format!("{} has no usable weight_map: {error}", index.display()))
+    })?;
+    let mut names: Vec<String> = parsed.weight_map.into_values().collect();
+    names.sort_unstable();
+    names.dedup();
+    if let Some(name) = names.iter().find(|name| Path::new(name).components().count() != 1) {
+        return Err(Error::Model(format!(
+            "{} names {name:?}, expected a file beside it",
+            index.display()
+        )));
+    }
+    if let Some(name) = names.iter().find(|name| !folder.join(name).is_file()) {
+        return Err(Error::Model(format!(
+            "{} names {name}, expected a file beside it, found none: the checkpoint is incomplete",
+            index.display()
+        )));
+    }
+    Ok(names.into_iter().map(|name| folder.join(name)).collect())
+}
+
+/// What is missing, and what is there in its place.
+fn no_weights(folder: &Path) -> Error {
+    let names =
+        std::fs::read_dir(folder).into_iter().flatten().flatten().map(|file| file.file_name());
+    let mut foreign: Vec<String> = names
+        .map(|name| name.to_string_lossy().into_owned())
+        .filter(|name| {
+            let ending = name.rsplit_once('.').map(|(_, ending)| ending);
+            ending.is_some_and(|ending| FOREIGN_FORMATS.contains(&ending) || ending == "gguf")
+        })
+        .collect();
+    foreign.sort_unstable();
+    let found = match foreign.first() {
+        Some(name) if name.ends_with(".gguf") => {
+            format!("; to load {name}, give the path of the file itself")
+        }
+        Some(name) => format!("; {name} is in a format that is not read"),
+        None => String::new(),
+    };
+    Error::Model(format!("{} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}", folder.display()))
+}
