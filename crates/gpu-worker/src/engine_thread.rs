@@ -216,10 +216,12 @@ fn turn_until_closed(
             return Ok(());
         }
         desk.abort_unawaited(engine);
-        for output in engine.step()? {
+        let outputs = engine.step()?;
+        // First the numbers, then the answers: who has an answer finds it counted.
+        desk.step_is_done(engine);
+        for output in outputs {
             desk.settle(output);
         }
-        desk.step_is_done(engine);
     }
 }
 
