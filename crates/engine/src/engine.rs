@@ -13,6 +13,7 @@ use crate::Error;
 use crate::block_manager::BlockManager;
 use crate::detokenizer::Detokenizer;
 use crate::generation_config::GenerationConfig;
+use crate::kernels::Simd as InstructionSet;
 use crate::model_files::is_gguf;
 use crate::precision::{KvCacheDtype, Precision};
 use crate::prompt::PromptFormat;
@@ -47,6 +48,8 @@ pub struct EngineConfig {
     pub precision: Option<Precision>,
     /// How keys and values are kept.
     pub kv_cache_dtype: KvCacheDtype,
+    /// What computes; the best of this machine if not given.
+    pub instruction_set: Option<InstructionSet>,
 }
 
 impl Default for EngineConfig {
@@ -61,6 +64,7 @@ impl Default for EngineConfig {
             enable_prefix_caching: true,
             precision: None,
             kv_cache_dtype: KvCacheDtype::default(),
+            instruction_set: None,
         }
     }
 }
@@ -219,6 +223,7 @@ impl Engine {
             max_num_batched_tokens: config.max_num_batched_tokens,
             precision: config.precision,
             kv_cache_dtype: config.kv_cache_dtype,
+            instruction_set: config.instruction_set,
         };
         let generation_config = GenerationConfig::load(&config.model_path)?;
         let mut runner = Runner::load(&config.model_path, &options)?;

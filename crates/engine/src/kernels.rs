@@ -2,17 +2,27 @@
 //!
 //! Every kernel is written once over [`Vector`] (16 lanes) and instantiated for each instruction set by
 //! [`Simd::run`], which picks at run time. Lanes always hold different output elements, a reduction
-//! always runs in one fixed order with fused multiply-adds: so the same bits come out of every
-//! instruction set, batch, chunk and number of threads. Called by the decoder and attention.
+//! always runs in one fixed order with fused multiply-adds: so the same bits come out of every vector
+//! unit, batch, chunk and number of threads. Products with weights of 16 bits or less run on a matrix unit
+//! where there is one (`tiles`); its bits are its own, and again the same for every batch, chunk and number
+//! of threads. Called by the decoder and attention.
 
 mod activations;
 mod blocks;
 mod elementwise;
 mod lanes;
 mod matmul;
+mod memory;
 mod packed;
 mod product;
 mod threads;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
+
+use std::fmt::{Display, Formatter};
+use std::str::FromStr;
+
+use crate::precision::{UnknownName, find};
 
 pub(crate) use activations::{Activations, Rows, SharedRows};
 pub(crate) use elementwise::{
@@ -20,6 +30,7 @@ pub(crate) use elementwise::{
 };
 pub(crate) use lanes::{Bf16Lanes, F16Lanes, I8Lanes, LANES, Lanes, Stored, Vector};
 pub(crate) use matmul::{Epilogue, Linear, matmul};
+pub(crate) use memory::Zeroed;
 pub(crate) use packed::{PackedMatrix, RowSource, packed_bytes};
 pub(crate) use product::{Finish, Operand, Product, accumulate};
 pub(crate) use threads::Threads;
@@ -31,6 +42,21 @@ pub(crate) struct Cpu {
     pub(crate) simd: Simd,
     /// The threads.
     pub(crate) threads: Threads,
+    /// What products on the matrix unit need.
+    #[cfg(target_arch = "x86_64")]
+    tiles: Option<tiles::Tiles>,
+}
+
+impl Cpu {
+    /// What computes on an instruction set and some threads.
+    pub(crate) fn new(simd: Simd, threads: Threads) -> Self {
+        Self {
+            #[cfg(target_arch = "x86_64")]
+            tiles: simd.has_tiles().then(|| tiles::Tiles::new(threads.num_threads())),
+            simd,
+            threads,
+        }
+    }
 }
 
 /// A kernel with its arguments, written for any vector unit.
@@ -41,10 +67,13 @@ pub(crate) trait Kernel {
 
 /// An instruction set that this machine has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Simd(Level);
+pub struct Simd(Level);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Level {
+    /// AVX-512 and the matrix unit.
+    #[cfg(target_arch = "x86_64")]
+    Amx,
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -54,13 +83,16 @@ enum Level {
 
 impl Simd {
     /// Everything this machine can run, the best first.
-    pub(crate) fn available() -> Vec<Self> {
+    pub fn available() -> Vec<Self> {
         let mut levels = Vec::new();
         #[cfg(target_arch = "x86_64")]
         {
             let has_avx2 = is_x86_feature_detected!("avx2")
                 && is_x86_feature_detected!("fma")
                 && is_x86_feature_detected!("f16c");
+            if has_avx2 && tiles::is_available() {
+                levels.push(Self(Level::Amx));
+            }
             if has_avx2 && is_x86_feature_detected!("avx512f") {
                 levels.push(Self(Level::Avx512));
             }
@@ -73,13 +105,15 @@ impl Simd {
     }
 
     /// The best this machine can run.
-    pub(crate) fn detect() -> Self {
+    pub fn detect() -> Self {
         Self::available()[0]
     }
 
-    /// Its name, for logs.
-    pub(crate) fn name(self) -> &'static str {
+    /// Its name, on the command line and in logs.
+    pub fn name(self) -> &'static str {
         match self.0 {
+            #[cfg(target_arch = "x86_64")]
+            Level::Amx => "amx",
             #[cfg(target_arch = "x86_64")]
             Level::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
@@ -88,18 +122,42 @@ impl Simd {
         }
     }
 
+    /// Whether it has a matrix unit, whose products are rounded in another way.
+    pub(crate) fn has_tiles(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        let has_tiles = self.0 == Level::Amx;
+        #[cfg(not(target_arch = "x86_64"))]
+        let has_tiles = false;
+        has_tiles
+    }
+
     /// Runs a kernel compiled for this instruction set.
     #[expect(unsafe_code, reason = "calls into functions compiled for more than the baseline")]
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self.0 {
-            // SAFETY: `available` makes this level only where avx512f, avx2, fma and f16c were detected.
+            // SAFETY: `available` makes these levels only where avx512f, avx2, fma and f16c were detected.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => unsafe { run_avx512(kernel) },
+            Level::Amx | Level::Avx512 => unsafe { run_avx512(kernel) },
             // SAFETY: `available` makes this level only where avx2, fma and f16c were detected.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { run_avx2(kernel) },
             Level::Portable => kernel.run::<Lanes>(),
         }
+    }
+}
+
+impl FromStr for Simd {
+    type Err = UnknownName;
+
+    /// One of those that this machine has.
+    fn from_str(text: &str) -> Result<Self, UnknownName> {
+        find(&Self::available(), Self::name, text)
+    }
+}
+
+impl Display for Simd {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
     }
 }
 

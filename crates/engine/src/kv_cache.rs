@@ -4,15 +4,11 @@
 //! from whose cache, they are read. Who owns which block is the block manager's affair. The forward pass
 //! writes here, attention reads.
 
-use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut};
-
 use half::{bf16, f16};
-use memmap2::MmapMut;
 
 use crate::Error;
 use crate::config::ModelConfig;
-use crate::kernels::{Bf16Lanes, F16Lanes, I8Lanes, LANES, Lanes, Stored};
+use crate::kernels::{Bf16Lanes, F16Lanes, I8Lanes, LANES, Lanes, Stored, Zeroed};
 use crate::precision::KvCacheDtype;
 use crate::step::{BLOCK_SIZE, BlockId};
 
@@ -146,40 +142,6 @@ pub(crate) fn bytes_per_block(config: &ModelConfig, dtype: KvCacheDtype) -> usiz
         KvCacheDtype::Q8 => Pages::<I8Lanes>::bytes_per_block(config.head_dim),
     };
     config.num_hidden_layers * config.num_key_value_heads * bytes
-}
-
-/// Vectors that are zero and not resident until they are written.
-#[derive(Debug)]
-struct Zeroed<S> {
-    memory: MmapMut,
-    holds: PhantomData<S>,
-}
-
-impl<S: Stored> Zeroed<S> {
-    fn new(len: usize) -> std::io::Result<Self> {
-        let bytes = len.checked_mul(size_of::<S>()).ok_or(std::io::ErrorKind::OutOfMemory)?;
-        Ok(Self { memory: MmapMut::map_anon(bytes.max(1))?, holds: PhantomData })
-    }
-}
-
-impl<S: Stored> Deref for Zeroed<S> {
-    type Target = [S];
-
-    #[expect(unsafe_code, reason = "bytes of a mapping as vectors")]
-    fn deref(&self) -> &[S] {
-        // SAFETY: any bytes are valid numbers; a mapping begins at a page, so nothing is cut off in front.
-        let (_, lanes, _) = unsafe { self.memory.align_to() };
-        lanes
-    }
-}
-
-impl<S: Stored> DerefMut for Zeroed<S> {
-    #[expect(unsafe_code, reason = "bytes of a mapping as vectors")]
-    fn deref_mut(&mut self) -> &mut [S] {
-        // SAFETY: as above, and any numbers are valid bytes.
-        let (_, lanes, _) = unsafe { self.memory.align_to_mut() };
-        lanes
-    }
 }
 
 impl<S: Cached> Pages<S> {

@@ -42,6 +42,7 @@ mod weights;
 
 pub use config::{Activation, Architecture, ExpertsConfig, LayerConfig, ModelConfig};
 pub use footprint::Footprint;
+pub use kernels::Simd as InstructionSet;
 pub use model::rope::{Rope, RopeScaling};
 pub use model_files::ModelFiles;
 pub use precision::{KvCacheDtype, MatrixRole, Precision, UnknownName};

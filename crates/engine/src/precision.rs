@@ -1,8 +1,8 @@
 //! How exactly weights, keys and values are kept: what the user chooses, and what that means for each
 //! tensor.
 //!
-//! All arithmetic is `f32` whatever is chosen; a precision says how much of each number is kept in
-//! memory. Norms, biases and the routers of experts are always `f32`: they are small, and everything
+//! A precision says how much of each number is kept in memory. Arithmetic is `f32`, but for products on a
+//! matrix unit, where bfloat16 weights count exactly and decoded blocks are rounded to bfloat16 (`kernels`). Norms, biases and the routers of experts are always `f32`: they are small, and everything
 //! passes through them. The embedding and the output layer, which meet the vocabulary, are kept one step
 //! finer than 4 bits.
 
@@ -10,7 +10,7 @@ use std::fmt::{Display, Formatter};
 use std::str::FromStr;
 
 use crate::config::ModelConfig;
-use crate::kernels::packed_bytes;
+use crate::kernels::{Simd, packed_bytes};
 use crate::quant::BlockFormat;
 use crate::step::BLOCK_SIZE;
 use crate::weights::Format;
@@ -101,7 +101,8 @@ impl Precision {
         (out_features, in_features): (usize, usize),
         stored: Format,
     ) -> usize {
-        packed_bytes(self.format(role, in_features, stored), out_features, in_features)
+        let format = self.format(role, in_features, stored);
+        packed_bytes(Simd::detect(), format, out_features, in_features)
     }
 }
 
@@ -133,7 +134,11 @@ pub struct UnknownName {
     given: String,
 }
 
-fn find<T: Copy>(all: &[T], name: fn(T) -> &'static str, given: &str) -> Result<T, UnknownName> {
+pub(crate) fn find<T: Copy>(
+    all: &[T],
+    name: fn(T) -> &'static str,
+    given: &str,
+) -> Result<T, UnknownName> {
     all.iter().copied().find(|item| name(*item) == given).ok_or_else(|| UnknownName {
         expected: all.iter().map(|item| name(*item)).collect::<Vec<_>>().join(", "),
         given: given.to_owned(),

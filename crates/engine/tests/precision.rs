@@ -50,7 +50,13 @@ fn load(
     precision: Option<Precision>,
     kv_cache_dtype: KvCacheDtype,
 ) -> Runner {
-    let options = RunnerOptions { threads, max_num_batched_tokens: 256, precision, kv_cache_dtype };
+    let options = RunnerOptions {
+        threads,
+        max_num_batched_tokens: 256,
+        precision,
+        kv_cache_dtype,
+        ..RunnerOptions::default()
+    };
     let mut runner = Runner::load(path, &options).unwrap();
     runner.allocate_kv_cache(64).unwrap();
     runner

@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use engine::{EngineConfig, KvCacheDtype, Precision};
+use engine::{EngineConfig, InstructionSet, KvCacheDtype, Precision};
 use producer::{RetrievalConfig, SourceConfig};
 
 use crate::hub::{HubOptions, Need};
@@ -148,7 +148,7 @@ pub(crate) struct ModelOptions {
     #[arg(long, value_enum, default_value_t = InferenceType::Local)]
     pub(crate) inference_type: InferenceType,
     /// How weights are kept in memory: fp32, fp16, bf16, or quantised while loading to q8_0, q6_k or
-    /// q4_k. The arithmetic is fp32 [default: as the checkpoint stores them].
+    /// q4_k [default: as the checkpoint stores them].
     #[arg(long, value_name = "NAME", value_parser = named(&Precision::ALL, Precision::name))]
     pub(crate) precision: Option<Precision>,
     /// How the KV cache keeps keys and values.
@@ -169,6 +169,9 @@ pub(crate) struct ModelOptions {
     /// Threads of all workers together [default: the cores].
     #[arg(long, value_name = "N")]
     pub(crate) threads: Option<usize>,
+    /// What computes: amx, avx512, avx2 or portable, as far as the machine has it [default: the best].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) instruction_set: Option<InstructionSet>,
     /// Compute every prompt from its start, even where another shares its beginning.
     #[arg(long)]
     pub(crate) no_prefix_caching: bool,
@@ -285,6 +288,7 @@ impl ModelOptions {
             enable_prefix_caching: !self.no_prefix_caching,
             precision: self.precision,
             kv_cache_dtype: self.kv_cache_dtype,
+            instruction_set: self.instruction_set,
         };
         config.validate().map_err(|error| Usage(error.to_string()))?;
         Ok(config)

@@ -124,7 +124,7 @@ fn step_from(first: usize, block_table: [u32; 5]) -> StepInput {
 }
 
 fn attend(layer: LayerInput<'_>, input: &StepInput, cache: &mut LayerCache) -> Activations {
-    let cpu = Cpu { simd: Simd::detect(), threads: Threads::new(1).unwrap() };
+    let cpu = Cpu::new(Simd::detect(), Threads::new(1).unwrap());
     let mut attention = Attention::new(1);
     let mut out = Activations::new(NUM_TOKENS, layer.config.query_width());
     attention.plan(layer.config, input);

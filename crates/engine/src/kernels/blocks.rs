@@ -11,6 +11,7 @@ use std::ops::Range;
 
 use super::lanes::{F16Lanes, I8Lanes, Stored, U8Lanes};
 use super::matmul::{PIECE_PANELS, PIECE_ROWS};
+use super::memory::Zeroed;
 use super::product::{Tiled, for_each_tile};
 use super::{Finish, Kernel, LANES, Lanes, Rows, SharedRows, Vector, accumulate};
 use crate::quant::{Block, BlockFormat};
@@ -50,16 +51,26 @@ impl PanelLayout {
 #[derive(Debug)]
 pub(super) struct BlockPanels {
     format: BlockFormat,
-    lines: Vec<U8Lanes>,
+    lines: Zeroed<U8Lanes>,
     lines_per_panel: usize,
+    num_panels: usize,
 }
 
 impl BlockPanels {
     /// Panels of zeros.
-    pub(super) fn new(format: BlockFormat, num_panels: usize, in_features: usize) -> Self {
+    pub(super) fn new(
+        format: BlockFormat,
+        num_panels: usize,
+        in_features: usize,
+    ) -> std::io::Result<Self> {
         let lines_per_panel = lines_per_panel(format, in_features);
-        let lines = vec![U8Lanes::ZERO; num_panels * lines_per_panel];
-        Self { format, lines, lines_per_panel }
+        let lines = Zeroed::new_streamed(num_panels * lines_per_panel)?;
+        Ok(Self { format, lines, lines_per_panel, num_panels })
+    }
+
+    /// How many there are.
+    pub(super) fn num_panels(&self) -> usize {
+        self.num_panels
     }
 
     /// All panels, each [`lines_per_panel`] lines, to be filled by [`pack_row`].

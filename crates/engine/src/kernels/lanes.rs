@@ -39,18 +39,23 @@ pub(crate) struct I8Lanes(pub(crate) [i8; LANES]);
 #[repr(C, align(16))]
 pub(crate) struct U8Lanes(pub(crate) [u8; LANES]);
 
-/// Memory that a [`Vector`] can be loaded from.
-pub(crate) trait Stored: Copy + Send + Sync {
-    /// All zero.
-    const ZERO: Self;
+macro_rules! plain {
+    ($($lanes:ty),*) => {$(
+        #[expect(unsafe_code, reason = "any bits are numbers")]
+        // SAFETY: whole numbers or `f32`, which any bits are; aligned to a cache line at most.
+        unsafe impl super::memory::Plain for $lanes {}
+    )*};
+}
 
+plain!(Lanes, F16Lanes, Bf16Lanes, I8Lanes, U8Lanes);
+
+/// Memory that a [`Vector`] can be loaded from.
+pub(crate) trait Stored: super::memory::Plain {
     /// The numbers, in registers.
     fn load<V: Vector>(&self) -> V;
 }
 
 impl Stored for Lanes {
-    const ZERO: Self = Self::ZERO;
-
     #[inline(always)]
     fn load<V: Vector>(&self) -> V {
         V::load(self)
@@ -58,8 +63,6 @@ impl Stored for Lanes {
 }
 
 impl Stored for F16Lanes {
-    const ZERO: Self = Self([0; LANES]);
-
     #[inline(always)]
     fn load<V: Vector>(&self) -> V {
         V::load_f16(self)
@@ -67,8 +70,6 @@ impl Stored for F16Lanes {
 }
 
 impl Stored for Bf16Lanes {
-    const ZERO: Self = Self([0; LANES]);
-
     #[inline(always)]
     fn load<V: Vector>(&self) -> V {
         V::load_bf16(self)
@@ -76,8 +77,6 @@ impl Stored for Bf16Lanes {
 }
 
 impl Stored for I8Lanes {
-    const ZERO: Self = Self([0; LANES]);
-
     #[inline(always)]
     fn load<V: Vector>(&self) -> V {
         V::load_i8(self)
@@ -85,8 +84,6 @@ impl Stored for I8Lanes {
 }
 
 impl Stored for U8Lanes {
-    const ZERO: Self = Self([0; LANES]);
-
     #[inline(always)]
     fn load<V: Vector>(&self) -> V {
         V::load_u8(self)

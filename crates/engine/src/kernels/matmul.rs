@@ -2,7 +2,9 @@
 
 use super::blocks::BlockProduct;
 use super::lanes::Stored;
-use super::packed::{PackedMatrix, Panels};
+use super::packed::{PackedMatrix, PackedRows, Panels};
+#[cfg(target_arch = "x86_64")]
+use super::tiles;
 use super::{Cpu, Finish, LANES, Operand, Product, Rows, SharedRows};
 
 /// Rows of one piece of work: a panel stays in the nearest cache while they pass.
@@ -68,6 +70,13 @@ pub(crate) fn matmul(
     for part in parts {
         let finish = finish.at_column(part.first_output);
         let out = out.columns(part.first_output, part.num_outputs);
+        #[cfg(target_arch = "x86_64")]
+        if let Some(weights) = cpu.tiles.as_ref().and_then(|tiles| Some((tiles, on_tiles(part)?))) {
+            let (tiles, weights) = weights;
+            let weights = (weights, *in_features);
+            tiles::matmul((cpu, tiles), (x, num_rows), weights, (out, finish));
+            continue;
+        }
         let num_panels = part.num_outputs.div_ceil(LANES);
         let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
         let num_panel_pieces = num_panels.div_ceil(PIECE_PANELS);
@@ -91,11 +100,23 @@ pub(crate) fn matmul(
                     let w = Contiguous { panels: lanes, in_features };
                     cpu.simd.run(Product { x, rows, w, panels, out, finish });
                 }
+                #[cfg(target_arch = "x86_64")]
+                Panels::Tiles(_) => unreachable!("packed for a machine with a matrix unit"),
                 Panels::Block(w) => {
                     cpu.simd.run(BlockProduct { x, rows, w, in_features, panels, out, finish });
                 }
             }
         });
+    }
+}
+
+/// The weights of a part if they are multiplied on the matrix unit.
+#[cfg(target_arch = "x86_64")]
+fn on_tiles(part: &PackedRows) -> Option<tiles::Weights<'_>> {
+    match &part.panels {
+        Panels::Tiles(lines) => Some(tiles::Weights::Tiles(lines)),
+        Panels::Block(panels) => Some(tiles::Weights::Blocks(panels)),
+        Panels::F32(_) | Panels::F16(_) | Panels::Bf16(_) => None,
     }
 }
 
@@ -141,7 +162,7 @@ mod tests {
     }
 
     /// A matrix of several formats, one behind the other.
-    fn pack(threads: &Threads, in_features: usize, parts: &[(Format, usize)]) -> PackedMatrix {
+    fn pack(cpu: &Cpu, in_features: usize, parts: &[(Format, usize)]) -> PackedMatrix {
         let writes: Vec<_> = parts
             .iter()
             .map(|(format, _)| |row: usize, bytes: &mut [u8]| row_bytes(*format, row, bytes))
@@ -155,7 +176,7 @@ mod tests {
                 write,
             })
             .collect();
-        PackedMatrix::pack(threads, in_features, &sources)
+        PackedMatrix::pack(cpu, in_features, &sources).unwrap()
     }
 
     fn decoded(in_features: usize, parts: &[(Format, usize)]) -> Vec<Vec<f32>> {
@@ -186,40 +207,62 @@ mod tests {
         [Format::F32, Format::F16, Format::Bf16].into_iter().chain(blocks).collect()
     }
 
+    /// What products may be off by, as a share of the sum of their sizes.
+    fn error_bound(simd: Simd, k: usize, parts: &[(Format, usize)]) -> f64 {
+        let has = |is: fn(&Format) -> bool| parts.iter().any(|(format, _)| is(format));
+        // The left-hand side counts to 2^-17 on tiles, a decoded weight to 2^-9.
+        let rounding = match simd.has_tiles() {
+            true if has(|format| matches!(format, Format::Block(_))) => f64::powi(2.0, -9),
+            true if has(|format| *format == Format::Bf16) => f64::powi(2.0, -17),
+            _ => 0.0,
+        };
+        2.0 * rounding + 1e-6 * (k as f64).sqrt()
+    }
+
     /// Checks one matrix everywhere against `f64`, and every output of it against what it decodes to.
     fn check(rows: usize, k: usize, parts: &[(Format, usize)], bias: bool) {
         let weights = decoded(k, parts);
-        let mut results = Vec::new();
+        let mut results: Vec<(Simd, Vec<f32>)> = Vec::new();
         for simd in Simd::available() {
             for num_threads in [1, 2] {
-                let cpu = Cpu { simd, threads: Threads::new(num_threads).unwrap() };
-                let weight = pack(&cpu.threads, k, parts);
+                let cpu = Cpu::new(simd, Threads::new(num_threads).unwrap());
+                let weight = pack(&cpu, k, parts);
                 let mut row = vec![0.0; k];
                 for (output, want) in weights.iter().enumerate() {
                     weight.row(simd, output, &mut row);
                     assert_eq!(&row, want, "{}: output {output} of {parts:?}", simd.name());
                 }
                 let bias = bias.then(|| (0..weights.len()).map(number).collect());
-                results.push(multiply(&cpu, rows, &Linear { weight, bias }));
+                results.push((simd, multiply(&cpu, rows, &Linear { weight, bias })));
             }
         }
-        for row in 0..rows {
-            for (column, weights) in weights.iter().enumerate() {
-                let products = weights
-                    .iter()
-                    .enumerate()
-                    .map(|(i, weight)| f64::from(number(7 + row * k + i)) * f64::from(*weight));
-                let (sum, size) =
-                    products.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + f64::abs(x)));
-                let want = 2.0 * (sum + if bias { f64::from(number(column)) } else { 0.0 });
-                let got = f64::from(results[0][row * weights_len(parts) + column]);
-                let bound = 1e-6 * (size + 1.0) * (k as f64).sqrt();
-                assert!((got - want).abs() < bound, "({row}, {column}) is {got}, not {want}");
+        // Everything is the same to the bit, but for what a matrix unit rounds in its own way.
+        for chunk in results.chunk_by(|(a, _), (b, _)| a.has_tiles() == b.has_tiles()) {
+            let (simd, first) = &chunk[0];
+            for (other, result) in &chunk[1..] {
+                let same = result.iter().zip(first).all(|(a, b)| a.to_bits() == b.to_bits());
+                let (simd, other) = (simd.name(), other.name());
+                assert!(same, "{simd} and {other}, or threads, differ for {parts:?}");
             }
-        }
-        for other in &results[1..] {
-            let same = other.iter().zip(&results[0]).all(|(a, b)| a.to_bits() == b.to_bits());
-            assert!(same, "instruction sets or threads differ for {parts:?}");
+            let share = error_bound(*simd, k, parts);
+            for row in 0..rows {
+                for (column, weights) in weights.iter().enumerate() {
+                    let products = weights
+                        .iter()
+                        .enumerate()
+                        .map(|(i, weight)| f64::from(number(7 + row * k + i)) * f64::from(*weight));
+                    let (sum, size) =
+                        products.fold((0.0, 0.0), |(sum, size), x| (sum + x, size + f64::abs(x)));
+                    let want = 2.0 * (sum + if bias { f64::from(number(column)) } else { 0.0 });
+                    let got = f64::from(first[row * weights_len(parts) + column]);
+                    let bound = share * (size + 1.0);
+                    let name = simd.name();
+                    assert!(
+                        (got - want).abs() < bound,
+                        "{name}: ({row}, {column}) is {got}, not {want}"
+                    );
+                }
+            }
         }
     }
 
@@ -232,6 +275,25 @@ mod tests {
         for format in formats() {
             for (rows, k, n) in [(1, 256, 16), (3, 512, 70), (9, 256, 33), (100, 768, 5)] {
                 check(rows, k, &[(format, n)], rows % 2 == 1);
+            }
+        }
+    }
+
+    /// A row's products don't depend on the rows beside it: 1, 16, 17, 32, 33 and 300 rows take different ways.
+    #[test]
+    fn a_row_is_multiplied_alike_whatever_stands_beside_it() {
+        let (k, n) = (768, 70);
+        let block = Format::Block(BlockFormat::Q8_0);
+        for format in [Format::F32, Format::F16, Format::Bf16, block] {
+            for simd in Simd::available() {
+                let cpu = Cpu::new(simd, Threads::new(2).unwrap());
+                let linear = Linear { weight: pack(&cpu, k, &[(format, n)]), bias: None };
+                let all = multiply(&cpu, 300, &linear);
+                for rows in [1, 15, 16, 17, 32, 33, 100, 257] {
+                    let some = multiply(&cpu, rows, &linear);
+                    let same = some.iter().zip(&all).all(|(a, b)| a.to_bits() == b.to_bits());
+                    assert!(same, "{}: {rows} rows of {format}", simd.name());
+                }
             }
         }
     }

@@ -2,7 +2,10 @@
 
 use super::blocks::{BlockPanels, lines_per_panel, pack_row};
 use super::lanes::{Bf16Lanes, F16Lanes, Stored, U8Lanes};
-use super::{Kernel, LANES, Lanes, Simd, Threads, Vector};
+use super::memory::{Plain, Zeroed};
+#[cfg(target_arch = "x86_64")]
+use super::tiles::{Line, PAIR_LINES, PAIR_OUTPUTS, TILE_INPUTS};
+use super::{Cpu, Kernel, LANES, Lanes, Simd, Threads, Vector};
 use crate::weights::Format;
 
 /// The weights of a linear layer, `(out_features, in_features)`.
@@ -27,9 +30,12 @@ pub(super) struct PackedRows {
 /// Panels one behind the other.
 #[derive(Debug)]
 pub(super) enum Panels {
-    F32(Vec<Lanes>),
-    F16(Vec<F16Lanes>),
-    Bf16(Vec<Bf16Lanes>),
+    F32(Zeroed<Lanes>),
+    F16(Zeroed<F16Lanes>),
+    Bf16(Zeroed<Bf16Lanes>),
+    /// bfloat16 for the matrix unit.
+    #[cfg(target_arch = "x86_64")]
+    Tiles(Zeroed<Line>),
     Block(BlockPanels),
 }
 
@@ -45,15 +51,21 @@ pub(crate) struct RowSource<'a> {
 
 impl PackedMatrix {
     /// Packs the rows of several sources, one behind the other.
-    pub(crate) fn pack(threads: &Threads, in_features: usize, sources: &[RowSource<'_>]) -> Self {
+    ///
+    /// Fails for want of memory.
+    pub(crate) fn pack(
+        cpu: &Cpu,
+        in_features: usize,
+        sources: &[RowSource<'_>],
+    ) -> std::io::Result<Self> {
         let mut out_features = 0;
         let mut parts = Vec::new();
         for sources in sources.chunk_by(|a, b| a.format == b.format) {
-            let part = PackedRows::pack(threads, in_features, out_features, sources);
+            let part = PackedRows::pack(cpu, in_features, out_features, sources)?;
             out_features += part.num_outputs;
             parts.push(part);
         }
-        Self { parts, in_features, out_features }
+        Ok(Self { parts, in_features, out_features })
     }
 
     /// Memory that it takes.
@@ -62,6 +74,8 @@ impl PackedMatrix {
             Panels::F32(lanes) => size_of_val(&**lanes),
             Panels::F16(lanes) => size_of_val(&**lanes),
             Panels::Bf16(lanes) => size_of_val(&**lanes),
+            #[cfg(target_arch = "x86_64")]
+            Panels::Tiles(lines) => size_of_val(&**lines),
             Panels::Block(panels) => panels.num_bytes(),
         };
         self.parts.iter().map(bytes).sum()
@@ -77,7 +91,16 @@ impl PackedMatrix {
 }
 
 /// Memory that a matrix of one format takes.
-pub(crate) fn packed_bytes(format: Format, out_features: usize, in_features: usize) -> usize {
+pub(crate) fn packed_bytes(
+    simd: Simd,
+    format: Format,
+    out_features: usize,
+    in_features: usize,
+) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if simd.has_tiles() && format == Format::Bf16 {
+        return num_tile_lines(out_features, in_features) * size_of::<Line>();
+    }
     let panel_bytes = match format {
         Format::Block(block) => lines_per_panel(block, in_features) * size_of::<U8Lanes>(),
         _ => LANES * format.num_bytes(in_features),
@@ -85,13 +108,19 @@ pub(crate) fn packed_bytes(format: Format, out_features: usize, in_features: usi
     out_features.div_ceil(LANES) * panel_bytes
 }
 
+/// Lines of a matrix in tiles.
+#[cfg(target_arch = "x86_64")]
+fn num_tile_lines(out_features: usize, in_features: usize) -> usize {
+    out_features.div_ceil(PAIR_OUTPUTS) * in_features.div_ceil(TILE_INPUTS) * PAIR_LINES
+}
+
 impl PackedRows {
     fn pack(
-        threads: &Threads,
+        cpu: &Cpu,
         in_features: usize,
         first_output: usize,
         sources: &[RowSource<'_>],
-    ) -> Self {
+    ) -> std::io::Result<Self> {
         let format = sources[0].format;
         let num_outputs = sources.iter().map(|source| source.num_rows).sum();
         let write = |mut row: usize, bytes: &mut [u8]| {
@@ -103,20 +132,22 @@ impl PackedRows {
                 row -= source.num_rows;
             }
         };
-        let rows = Rows { threads, write: &write, num_outputs, in_features, format };
+        let rows = Rows { threads: &cpu.threads, write: &write, num_outputs, in_features, format };
         let panels = match format {
             Format::F32 => Panels::F32(rows.pack(|lanes: &mut Lanes, lane, bytes| {
                 lanes.0[lane] = f32::from_le_bytes(bytes);
-            })),
+            })?),
             Format::F16 => Panels::F16(rows.pack(|lanes: &mut F16Lanes, lane, bytes| {
                 lanes.0[lane] = u16::from_le_bytes(bytes);
-            })),
+            })?),
+            #[cfg(target_arch = "x86_64")]
+            Format::Bf16 if cpu.simd.has_tiles() => Panels::Tiles(rows.pack_tiles()?),
             Format::Bf16 => Panels::Bf16(rows.pack(|lanes: &mut Bf16Lanes, lane, bytes| {
                 lanes.0[lane] = u16::from_le_bytes(bytes);
-            })),
+            })?),
             Format::Block(block) => {
                 let num_panels = num_outputs.div_ceil(LANES);
-                let mut panels = BlockPanels::new(block, num_panels, in_features);
+                let mut panels = BlockPanels::new(block, num_panels, in_features)?;
                 let lines = lines_per_panel(block, in_features);
                 rows.pack_panels(panels.lines_mut(), lines, |panel, lane, bytes| {
                     pack_row(block, bytes, lane, panel);
@@ -124,7 +155,7 @@ impl PackedRows {
                 Panels::Block(panels)
             }
         };
-        Self { panels, first_output, num_outputs }
+        Ok(Self { panels, first_output, num_outputs })
     }
 }
 
@@ -139,17 +170,33 @@ struct Rows<'a, W> {
 
 impl<W: Fn(usize, &mut [u8]) + Sync> Rows<'_, W> {
     /// Panels of plain numbers of `N` bytes.
-    fn pack<S: Stored, const N: usize>(
+    fn pack<S: Plain, const N: usize>(
         &self,
         set: impl Fn(&mut S, usize, [u8; N]) + Send + Sync,
-    ) -> Vec<S> {
-        let mut panels = vec![S::ZERO; self.num_outputs.div_ceil(LANES) * self.in_features];
+    ) -> std::io::Result<Zeroed<S>> {
+        let num_panels = self.num_outputs.div_ceil(LANES);
+        let mut panels = Zeroed::new_streamed(num_panels * self.in_features)?;
         self.pack_panels(&mut panels, self.in_features, |panel, lane, bytes| {
             for (lanes, bytes) in panel.iter_mut().zip(bytes.as_chunks::<N>().0) {
                 set(lanes, lane, *bytes);
             }
         });
-        panels
+        Ok(panels)
+    }
+
+    /// Pairs of panels of bfloat16, as tiles: two inputs of 16 outputs in a line, 16 lines of the one panel,
+    /// 16 of the other.
+    #[cfg(target_arch = "x86_64")]
+    fn pack_tiles(&self) -> std::io::Result<Zeroed<Line>> {
+        let mut lines = Zeroed::new_streamed(num_tile_lines(self.num_outputs, self.in_features))?;
+        let pair_lines = num_tile_lines(1, self.in_features);
+        self.pack_panels_of::<Line, PAIR_OUTPUTS>(&mut lines, pair_lines, |pair, output, bytes| {
+            for (k, number) in bytes.as_chunks::<2>().0.iter().enumerate() {
+                let (line, at) = tile_place(output, k);
+                pair[line].0[at] = u16::from_le_bytes(*number);
+            }
+        });
+        Ok(lines)
     }
 
     /// Calls `put(panel, lane, bytes of the row)` for every row.
@@ -159,16 +206,33 @@ impl<W: Fn(usize, &mut [u8]) + Sync> Rows<'_, W> {
         panel_len: usize,
         put: impl Fn(&mut [T], usize, &[u8]) + Send + Sync,
     ) {
+        self.pack_panels_of::<T, LANES>(panels, panel_len, put);
+    }
+
+    /// The same with panels of `WIDTH` outputs.
+    fn pack_panels_of<T: Send, const WIDTH: usize>(
+        &self,
+        panels: &mut [T],
+        panel_len: usize,
+        put: impl Fn(&mut [T], usize, &[u8]) + Send + Sync,
+    ) {
         let row_bytes = self.format.num_bytes(self.in_features);
         self.threads.share_chunks(panels, panel_len, |index, bytes: &mut Vec<u8>, panel| {
             bytes.resize(row_bytes, 0);
-            let first = index * LANES;
-            for lane in 0..LANES.min(self.num_outputs - first) {
+            let first = index * WIDTH;
+            for lane in 0..WIDTH.min(self.num_outputs - first) {
                 (self.write)(first + lane, bytes);
                 put(panel, lane, bytes);
             }
         });
     }
+}
+
+/// Where a weight is in its pair of panels: its line, and its place there.
+#[cfg(target_arch = "x86_64")]
+fn tile_place(output: usize, k: usize) -> (usize, usize) {
+    let tile = k / TILE_INPUTS * 2 + output / LANES;
+    (tile * LANES + k % TILE_INPUTS / 2, output % LANES * 2 + k % 2)
 }
 
 /// Widens one lane of a panel.
@@ -187,6 +251,15 @@ impl Kernel for UnpackRow<'_> {
             Panels::F32(lanes) => unpack::<V, _>(lanes, panel, lane, out),
             Panels::F16(lanes) => unpack::<V, _>(lanes, panel, lane, out),
             Panels::Bf16(lanes) => unpack::<V, _>(lanes, panel, lane, out),
+            #[cfg(target_arch = "x86_64")]
+            Panels::Tiles(lines) => {
+                let pair_lines = num_tile_lines(1, out.len());
+                let pair = &lines[output / PAIR_OUTPUTS * pair_lines..][..pair_lines];
+                for (k, out) in out.iter_mut().enumerate() {
+                    let (line, at) = tile_place(output % PAIR_OUTPUTS, k);
+                    *out = f32::from_bits(u32::from(pair[line].0[at]) << 16);
+                }
+            }
             Panels::Block(panels) => panels.row::<V>(panel, lane, out),
         }
     }

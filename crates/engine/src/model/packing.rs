@@ -81,7 +81,7 @@ impl<'a> Packing<'a> {
                 formats.into_iter().zip(tensors.iter().map(Tensor::num_rows)).collect();
             for rows in rows.chunk_by(|(format, _), (other, _)| format == other) {
                 let num_rows = rows.iter().map(|(_, num_rows)| num_rows).sum();
-                self.add(packed_bytes(rows[0].0, num_rows, in_features));
+                self.add(packed_bytes(Simd::detect(), rows[0].0, num_rows, in_features));
             }
             return Ok(PackedMatrix::default());
         };
@@ -103,7 +103,9 @@ impl<'a> Packing<'a> {
                 write,
             })
             .collect();
-        let matrix = PackedMatrix::pack(&cpu.threads, in_features, &sources);
+        let matrix = PackedMatrix::pack(cpu, in_features, &sources).map_err(|error| {
+            Error::OutOfMemory(format!("no room for the weights of {name}: {error}"))
+        })?;
         convert.finish(name)?;
         self.add(matrix.num_bytes());
         Ok(matrix)
