@@ -178,6 +178,18 @@ impl BlockManager {
         }
     }
 
+    /// Gives up the blocks from `num_blocks` on, which nobody owns.
+    pub fn truncate(&mut self, num_blocks: usize) {
+        let stays = |id: BlockId| (id.0 as usize) < num_blocks;
+        for block in self.blocks.drain(num_blocks.min(self.blocks.len())..) {
+            debug_assert_eq!(block.num_owners, 0, "a block is given up that somebody owns");
+        }
+        self.empty.retain(|id| stays(*id));
+        self.kept.retain(|(_, id)| stays(*id));
+        self.cached.retain(|_, id| stays(*id));
+        self.num_touched = self.num_touched.min(num_blocks);
+    }
+
     fn block(&self, id: BlockId) -> &Block {
         &self.blocks[id.0 as usize]
     }
@@ -343,6 +355,24 @@ mod tests {
         let root = BlockHash::new(None, &tokens);
         assert_ne!(root, BlockHash::new(Some(&root), &tokens));
         assert_eq!(root, BlockHash::new(None, &tokens));
+    }
+
+    #[test]
+    fn blocks_that_are_given_up_are_neither_free_nor_found() {
+        let mut manager = BlockManager::new(8, true);
+        let first = Sequence::new(1, (0..48).collect());
+        let second = Sequence::new(2, (100..148).collect());
+        let mut table = manager.allocate(&[], 48, 0).unwrap();
+        let mut other = manager.allocate(&[], 48, 0).unwrap();
+        publish_all(&mut manager, &first, &table);
+        publish_all(&mut manager, &second, &other);
+        manager.release(&mut other);
+        manager.truncate(4);
+        assert_eq!((manager.num_blocks(), manager.num_free_blocks()), (4, 1));
+        assert_eq!(manager.find_prefix(second.block_hashes()), ids([3]));
+        check(&manager, &[Sequence { block_table: table.clone(), ..first }]);
+        assert!(!manager.grow(&mut table, 80) && manager.grow(&mut table, 64));
+        assert_eq!(table, ids([0, 1, 2, 3]));
     }
 
     /// What may happen to a sequence; the numbers choose which.

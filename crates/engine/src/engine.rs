@@ -11,9 +11,11 @@ use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::block_manager::BlockManager;
+use crate::config::ModelConfig;
 use crate::detokenizer::Detokenizer;
 use crate::generation_config::GenerationConfig;
 use crate::kernels::Simd as InstructionSet;
+use crate::memory::available_memory;
 use crate::model_files::is_gguf;
 use crate::precision::{KvCacheDtype, Precision};
 use crate::prompt::PromptFormat;
@@ -24,7 +26,7 @@ use crate::sequence::Sequence;
 use crate::step::{BLOCK_SIZE, TokenId};
 use crate::tokenizer::Tokenizer;
 
-/// Most memory that the KV cache takes unless told otherwise.
+/// Memory of the KV cache where neither the caller nor the system says how much there is.
 const DEFAULT_KV_CACHE_BYTES: u64 = 1 << 30;
 
 /// Settings of an engine.
@@ -157,11 +159,13 @@ pub enum StepOutput {
     },
 }
 
-/// Numbers of an engine. The first five only grow.
+/// Numbers of an engine. The first six only grow.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
     /// Steps computed.
     pub steps: u64,
+    /// Tokens computed in them, of prompts and of answers, those computed again included.
+    pub computed_tokens: u64,
     /// Tokens of prompts whose answers have begun.
     pub prompt_tokens: u64,
     /// Those that prefix caching spared.
@@ -288,6 +292,11 @@ impl Engine {
         &self.model_name
     }
 
+    /// What the model looks like.
+    pub fn model_config(&self) -> &ModelConfig {
+        self.runner.config()
+    }
+
     /// Longest sequence, prompt and answer: the model's window, or less where the KV cache is smaller.
     pub fn max_model_len(&self) -> usize {
         self.max_model_len
@@ -363,6 +372,7 @@ impl Engine {
         };
         self.scheduler.commit(&plan);
         self.stats.steps += 1;
+        self.stats.computed_tokens += plan.num_tokens() as u64;
         for (id, sampled) in sampled {
             outputs.extend(self.settle(id, sampled));
         }
@@ -398,8 +408,8 @@ impl Engine {
         let input = self.scheduler.step_input(plan);
         let logits = match self.runner.forward(&input) {
             Ok(logits) => logits,
-            Err(Error::OutOfMemory(reason)) if self.scheduler.shrink() => {
-                tracing::warn!(reason, "out of memory; going on with half the sequences");
+            Err(Error::OutOfMemory(reason)) => {
+                self.make_room(reason)?;
                 return Ok(None);
             }
             Err(error) => return Err(error),
@@ -415,6 +425,24 @@ impl Engine {
             sampled.push((scheduled.id, self.sampler.sample(row, &answer.sampling)));
         }
         Ok(Some(sampled))
+    }
+
+    /// Makes the next step smaller than the one that memory ran out for.
+    fn make_room(&mut self, reason: String) -> Result<(), Error> {
+        let num_blocks = self.runner.num_kv_blocks();
+        if (1..self.scheduler.blocks().num_blocks()).contains(&num_blocks) {
+            self.scheduler.limit_blocks(num_blocks);
+            let holds = num_blocks * BLOCK_SIZE;
+            tracing::warn!(
+                reason,
+                "less memory than the KV cache was to have; going on with {holds} tokens"
+            );
+        } else if num_blocks > 0 && self.scheduler.shrink() {
+            tracing::warn!(reason, "out of memory; going on with half the sequences");
+        } else {
+            return Err(Error::OutOfMemory(reason));
+        }
+        Ok(())
     }
 
     /// Takes what was sampled for a request; the request's end, if this is it.
@@ -491,8 +519,8 @@ fn allocate_kv_cache(
     let num_blocks = match config.kv_cache_memory_bytes {
         Some(bytes) => bytes / block_bytes,
         None => {
-            let half = available_memory().map_or(u64::MAX, |bytes| bytes / 2);
-            useful.min(half.min(DEFAULT_KV_CACHE_BYTES) / block_bytes)
+            let half = available_memory().map_or(DEFAULT_KV_CACHE_BYTES, |bytes| bytes / 2);
+            useful.min(half / block_bytes)
         }
     };
     let mut num_blocks = usize::try_from(num_blocks.min(u64::from(u32::MAX))).unwrap_or(usize::MAX);
@@ -507,14 +535,6 @@ fn allocate_kv_cache(
             result => return result.map(|()| num_blocks),
         }
     }
-}
-
-/// Memory that can be had without swapping, where the system tells.
-pub fn available_memory() -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(kibibytes * 1024)
 }
 
 /// The name of a model: that of its folder, or of its GGUF file without the ending.
@@ -541,34 +561,79 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn logits_that_are_no_numbers_harm_their_own_sequence_alone() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    fn config() -> EngineConfig {
         let model_path =
             std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-mha");
-        let config = EngineConfig { model_path, threads: 1, ..EngineConfig::default() };
+        EngineConfig { model_path, threads: 1, ..EngineConfig::default() }
+    }
+
+    fn request(id: u64) -> Request {
+        let prompt = (5..25 + id as TokenId).collect();
+        let sampling =
+            SamplingParams { max_new_tokens: 8, ignore_eos: true, ..SamplingParams::default() };
+        Request { id, prompt, sampling }
+    }
+
+    type Answers = BTreeMap<u64, Result<Vec<TokenId>, String>>;
+
+    fn finish(engine: &mut Engine) -> Answers {
+        let mut answers = Answers::new();
+        while engine.has_unfinished() {
+            for output in engine.step().unwrap() {
+                match output {
+                    StepOutput::Finished(done) => answers.insert(done.id, Ok(done.token_ids)),
+                    StepOutput::Failed { id, reason } => answers.insert(id, Err(reason)),
+                };
+            }
+        }
+        assert_eq!(engine.stats().kv_blocks_used, 0);
+        answers
+    }
+
+    #[test]
+    fn logits_that_are_no_numbers_harm_their_own_sequence_alone() {
         let answers = |poisoned| {
-            let mut engine = Engine::load(&config).unwrap();
+            let mut engine = Engine::load(&config()).unwrap();
             engine.poisoned = poisoned;
-            for id in 0..3 {
-                let prompt = (5..25 + id as TokenId).collect();
-                let sampling = SamplingParams { max_new_tokens: 8, ..SamplingParams::default() };
-                engine.add(Request { id, prompt, sampling }).unwrap();
-            }
-            let mut outputs = BTreeMap::new();
-            while engine.has_unfinished() {
-                for output in engine.step().unwrap() {
-                    match output {
-                        StepOutput::Finished(done) => outputs.insert(done.id, Ok(done.token_ids)),
-                        StepOutput::Failed { id, reason } => outputs.insert(id, Err(reason)),
-                    };
-                }
-            }
-            assert_eq!(engine.stats().kv_blocks_used, 0);
-            outputs
+            (0..3).for_each(|id| engine.add(request(id)).unwrap());
+            finish(&mut engine)
         };
         let healthy = answers(None);
         let poisoned = answers(Some(1));
         assert_eq!((&poisoned[&0], &poisoned[&2]), (&healthy[&0], &healthy[&2]));
         assert!(poisoned[&1].as_ref().is_err_and(|reason| reason.contains("NaN")));
+    }
+
+    /// Bytes that are still free; once told, they count as taken.
+    static FREE: AtomicU64 = AtomicU64::new(0);
+
+    #[test]
+    fn a_cache_that_memory_runs_out_for_gets_smaller_and_answers_all_the_same() {
+        let config = EngineConfig { enable_prefix_caching: false, ..config() };
+        let answers = |num_blocks: u64| {
+            let mut engine = Engine::load(&config).unwrap();
+            // A quarter is left to others.
+            FREE.store(
+                (num_blocks * engine.runner.kv_bytes_per_block() as u64 * 4).div_ceil(3),
+                Ordering::Relaxed,
+            );
+            engine.runner.available_memory = || Some(FREE.swap(0, Ordering::Relaxed));
+            (0..6).for_each(|id| engine.add(request(id)).unwrap());
+            let answers = finish(&mut engine);
+            (answers, engine)
+        };
+        let (expected, ample) = answers(1000);
+        assert_eq!(ample.stats().num_preemptions, 0);
+        let (scarce, engine) = answers(7);
+        assert_eq!(scarce, expected);
+        let stats = engine.stats();
+        assert!(stats.kv_blocks_total == 7 && stats.num_preemptions > 0, "{stats:?}");
+
+        let mut none = Engine::load(&config).unwrap();
+        none.runner.available_memory = || Some(0);
+        none.add(request(0)).unwrap();
+        assert!(matches!(none.step(), Err(Error::OutOfMemory(_))));
     }
 }

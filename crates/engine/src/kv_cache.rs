@@ -18,11 +18,20 @@ const _: () = assert!(BLOCK_SIZE == LANES);
 /// Largest whole number of 8 bits that is used, either side of 0.
 const MAX_Q8: f32 = 127.0;
 
+/// Memory that is looked for at a time, so that not every step has to.
+const BACKING_BYTES: usize = 32 << 20;
+
+/// Free memory that is left to everything else, at most; of little, a quarter.
+const RESERVE_BYTES: u64 = 64 << 20;
+
 /// Keys and values of every layer.
 #[derive(Debug)]
 pub(crate) struct KvCache {
     layers: Vec<LayerCache>,
     num_blocks: usize,
+    /// Blocks, the first ones, for which there was memory when it was looked for.
+    num_backed: usize,
+    block_bytes: usize,
 }
 
 /// Keys and values of one layer.
@@ -119,7 +128,36 @@ impl KvCache {
                 "no room for a KV cache of {num_blocks} blocks ({bytes} bytes)"
             ))
         })?;
-        Ok(Self { layers, num_blocks })
+        let block_bytes = bytes_per_block(config, dtype);
+        Ok(Self { layers, num_blocks, num_backed: 0, block_bytes })
+    }
+
+    /// Sees to it that the first `num_blocks` can be written to.
+    ///
+    /// The system gives memory when it is written to, and ends a process for which it has none. So it is asked
+    /// before; if it has too little, the cache ends here from now on ([`Error::OutOfMemory`]).
+    pub(crate) fn back(
+        &mut self,
+        num_blocks: usize,
+        available_memory: impl Fn() -> Option<u64>,
+    ) -> Result<(), Error> {
+        if num_blocks <= self.num_backed {
+            return Ok(());
+        }
+        let available = available_memory().unwrap_or(u64::MAX);
+        let usable = available - RESERVE_BYTES.min(available / 4);
+        let num_more = usize::try_from(usable / self.block_bytes as u64).unwrap_or(usize::MAX);
+        let ahead = num_blocks.saturating_add(BACKING_BYTES / self.block_bytes);
+        let possible = self.num_backed.saturating_add(num_more);
+        self.num_backed = self.num_backed.max(ahead.min(possible).min(self.num_blocks));
+        if num_blocks <= self.num_backed {
+            return Ok(());
+        }
+        self.num_blocks = self.num_backed;
+        Err(Error::OutOfMemory(format!(
+            "{available} bytes are free, the next blocks of the KV cache have {} each",
+            self.block_bytes
+        )))
     }
 
     /// Blocks it has.

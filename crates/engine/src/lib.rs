@@ -19,8 +19,7 @@ mod tokenizer;
 pub use chat_template::{ChatTemplate, Message, UserFields, UserTemplate};
 pub use detokenizer::Detokenizer;
 pub use engine::{
-    Engine, EngineConfig, FinishReason, Finished, Request, Stats, StepOutput, Timing,
-    available_memory, model_name,
+    Engine, EngineConfig, FinishReason, Finished, Request, Stats, StepOutput, Timing, model_name,
 };
 pub use generation_config::GenerationConfig;
 pub use prompt::{Prompt, PromptFormat};
@@ -33,8 +32,12 @@ mod config;
 mod footprint;
 mod kernels;
 mod kv_cache;
+mod machine;
+mod memory;
 mod model;
 mod model_files;
+#[doc(hidden)]
+pub mod parts;
 mod precision;
 pub mod quant;
 mod runner;
@@ -43,6 +46,8 @@ mod weights;
 pub use config::{Activation, Architecture, ExpertsConfig, LayerConfig, ModelConfig};
 pub use footprint::Footprint;
 pub use kernels::Simd as InstructionSet;
+pub use machine::MachineLimits;
+pub use memory::available_memory;
 pub use model::rope::{Rope, RopeScaling};
 pub use model_files::ModelFiles;
 pub use precision::{KvCacheDtype, MatrixRole, Precision, UnknownName};

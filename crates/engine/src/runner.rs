@@ -10,11 +10,12 @@ use crate::Error;
 use crate::config::ModelConfig;
 use crate::kernels::{Activations, Cpu, Simd, Threads};
 use crate::kv_cache::{KvCache, bytes_per_block};
+use crate::memory::available_memory;
 use crate::model::Model;
 use crate::model::decoder::{Buffers, Step};
 use crate::model::rope::RopeTable;
 use crate::precision::{KvCacheDtype, Precision};
-use crate::step::{BLOCK_SIZE, StepInput};
+use crate::step::{BLOCK_SIZE, SequenceInput, StepInput};
 use crate::weights::Checkpoint;
 
 /// How a model is run.
@@ -55,6 +56,8 @@ pub struct Runner {
     cache: Option<KvCache>,
     buffers: Buffers,
     options: RunnerOptions,
+    /// Tells how much memory can be had.
+    pub(crate) available_memory: fn() -> Option<u64>,
 }
 
 /// Logits of a step: a row for each sequence that wanted them, in their order.
@@ -108,7 +111,8 @@ impl Runner {
             weight_bytes = model.num_bytes(),
             "model loaded"
         );
-        Ok(Self { model, cpu, ropes, cache: None, buffers, options: *options })
+        let options = *options;
+        Ok(Self { model, cpu, ropes, cache: None, buffers, options, available_memory })
     }
 
     /// What the model looks like.
@@ -134,15 +138,27 @@ impl Runner {
         Ok(())
     }
 
+    /// Blocks of the KV cache: fewer than were asked for once memory ran out.
+    pub fn num_kv_blocks(&self) -> usize {
+        self.cache.as_ref().map_or(0, KvCache::num_blocks)
+    }
+
     /// Computes a step: keys and values of its tokens go to the cache, the wanted logits come back.
+    ///
+    /// Where there is no memory for blocks that it is the first to write to, the cache loses them
+    /// ([`Error::OutOfMemory`]).
     pub fn forward(&mut self, input: &StepInput) -> Result<Logits<'_>, Error> {
         self.check(input)?;
         let Self { model, cpu, ropes, cache, buffers, .. } = self;
         let Some(cache) = cache else {
             return Err(Error::Input("the runner has no KV cache yet".into()));
         };
-        let ends = input.sequences.iter().map(|s| s.num_computed_tokens + s.num_scheduled_tokens);
-        let num_positions = ends.max().unwrap_or(0);
+        let end = |s: &SequenceInput| s.num_computed_tokens + s.num_scheduled_tokens;
+        let blocks =
+            input.sequences.iter().flat_map(|s| &s.block_table[..end(s).div_ceil(BLOCK_SIZE)]);
+        let num_blocks = blocks.map(|block| block.0 as usize + 1).max().unwrap_or(0);
+        cache.back(num_blocks, self.available_memory)?;
+        let num_positions = input.sequences.iter().map(end).max().unwrap_or(0);
         ropes.iter_mut().for_each(|rope| rope.ensure(num_positions));
         let step = Step { cpu, input, ropes };
         cpu.threads.step(|| model.forward(step, cache, buffers));
@@ -153,7 +169,7 @@ impl Runner {
     /// Refuses what would read or write where it must not.
     fn check(&self, input: &StepInput) -> Result<(), Error> {
         let config = self.config();
-        let num_blocks = self.cache.as_ref().map_or(0, KvCache::num_blocks);
+        let num_blocks = self.num_kv_blocks();
         let num_tokens = input.token_ids.len();
         if num_tokens > self.options.max_num_batched_tokens {
             return Err(Error::Input(format!(
@@ -202,7 +218,7 @@ impl Runner {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::step::{BlockId, SequenceInput};
+    use crate::step::BlockId;
 
     /// A short prompt, a token and two tokens, on every instruction set.
     fn check_instruction_sets(model: &Path, options: RunnerOptions, prompt_len: usize) {

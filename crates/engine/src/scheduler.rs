@@ -41,6 +41,13 @@ pub struct Plan {
     pub failed: Vec<(u64, String)>,
 }
 
+impl Plan {
+    /// Tokens that are computed.
+    pub fn num_tokens(&self) -> usize {
+        self.scheduled.iter().map(|scheduled| scheduled.num_tokens).sum()
+    }
+}
+
 /// Decides what runs.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -152,6 +159,19 @@ impl Scheduler {
         }
         self.limits.max_num_seqs = keep;
         true
+    }
+
+    /// Gives up the blocks from `num_blocks` on, for which there is no memory. Sequences that own such go back to
+    /// the queue.
+    pub fn limit_blocks(&mut self, num_blocks: usize) {
+        let owns_some = |sequence: &Sequence| {
+            sequence.block_table.iter().any(|block| block.0 as usize >= num_blocks)
+        };
+        while let Some(index) = self.running.iter().rposition(owns_some) {
+            self.send_back(index);
+            self.num_preemptions += 1;
+        }
+        self.blocks.truncate(num_blocks);
     }
 
     /// The sequences that run, oldest first.
@@ -410,6 +430,45 @@ mod tests {
         assert!(scheduler.shrink() && !scheduler.shrink());
     }
 
+    #[test]
+    fn a_prefix_that_many_share_is_computed_once() {
+        let mut scheduler = scheduler(512, 32, 512);
+        for id in 0..32 {
+            let own = 5000 + id as u32 * 10..5008 + id as u32 * 10;
+            scheduler.add(Sequence::new(id, prompt(1, 200).into_iter().chain(own).collect()));
+        }
+        let mut num_tokens = 0;
+        while scheduler.running().iter().filter(|seq| !seq.generated().is_empty()).count() < 32 {
+            num_tokens += step(&mut scheduler).num_tokens();
+        }
+        // Twelve whole blocks once, and of each its last 16 tokens; the first generates meanwhile.
+        assert_eq!(num_tokens, 192 + 32 * 16 + 1);
+    }
+
+    #[test]
+    fn sequences_without_memory_behind_their_blocks_go_back_and_end_in_what_is_left() {
+        let mut scheduler = scheduler(32, 8, 200);
+        for id in 1..=4 {
+            scheduler.add(Sequence::new(id, prompt(id as u32, 40)));
+        }
+        step(&mut scheduler); // three blocks each
+        scheduler.limit_blocks(7);
+        let running: Vec<u64> = scheduler.running().iter().map(Sequence::id).collect();
+        let waiting: Vec<u64> = scheduler.waiting.iter().map(Sequence::id).collect();
+        assert_eq!((running, waiting), (vec![1, 2], vec![3, 4]));
+        let mut ended = Vec::new();
+        while !scheduler.running().is_empty() || scheduler.num_waiting() > 0 {
+            assert!(step(&mut scheduler).failed.is_empty());
+            assert!(scheduler.blocks().num_used_blocks() <= 7);
+            let done = scheduler.running().iter().filter(|seq| seq.generated().len() > 20);
+            for id in done.map(Sequence::id).collect::<Vec<_>>() {
+                scheduler.remove(id);
+                ended.push(id);
+            }
+        }
+        assert_eq!(ended, [1, 2, 3, 4]);
+    }
+
     proptest! {
         #[test]
         fn every_sequence_ends_whatever_the_cache_and_the_limits(
@@ -429,7 +488,7 @@ mod tests {
                     break;
                 }
                 let plan = step(&mut scheduler);
-                let num_tokens: usize = plan.scheduled.iter().map(|part| part.num_tokens).sum();
+                let num_tokens = plan.num_tokens();
                 prop_assert!(num_tokens <= budget);
                 prop_assert!(num_tokens > 0 || !plan.failed.is_empty(), "a step does something");
                 prop_assert!(scheduler.running().len() <= max_num_seqs);

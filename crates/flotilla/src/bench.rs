@@ -16,6 +16,7 @@ use crate::hub::Need;
 use crate::statistics::Statistics;
 use crate::telemetry;
 
+mod engine;
 mod processes;
 mod queue;
 
@@ -27,6 +28,7 @@ const MIB: f64 = (1 << 20) as f64;
 
 /// Runs `flotilla bench`.
 pub(crate) fn main(options: &BenchOptions) -> anyhow::Result<ExitCode> {
+    let json = options.json;
     let report = match &options.what {
         None => {
             let mut report = run(DEFAULT_QUERIES, &ModelPath::shipped()?)?;
@@ -38,9 +40,12 @@ pub(crate) fn main(options: &BenchOptions) -> anyhow::Result<ExitCode> {
         }
         Some(BenchCommand::Memory { queries }) => memory(queries)?,
         Some(BenchCommand::Retrieval { documents, queries }) => retrieval(*documents, *queries)?,
+        Some(BenchCommand::Engine(options)) => {
+            return engine::main(options, json).map(|()| ExitCode::SUCCESS);
+        }
         Some(BenchCommand::Queue(options)) => queue::main(options)?,
     };
-    let text = if options.json { format!("{:#}\n", Value::Object(report)) } else { table(&report) };
+    let text = if json { format!("{:#}\n", Value::Object(report)) } else { table(&report) };
     telemetry::print(&text)?;
     Ok(ExitCode::SUCCESS)
 }

@@ -11,10 +11,12 @@ use producer::{RetrievalConfig, SourceConfig};
 
 use crate::hub::{HubOptions, Need};
 
+mod bench;
 pub(crate) mod fleet;
 mod generation;
 mod model_path;
 
+pub(crate) use bench::{BenchCommand, BenchOptions, EngineBench, QueueBench};
 pub(crate) use generation::GenerationOptions;
 pub(crate) use model_path::ModelPath;
 
@@ -204,66 +206,6 @@ pub(crate) struct ModelsOptions {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) hub: HubOptions,
-}
-
-/// Options of `flotilla bench`.
-#[derive(Args, Debug)]
-pub(crate) struct BenchOptions {
-    /// What to measure.
-    #[command(subcommand)]
-    pub(crate) what: Option<BenchCommand>,
-    /// Print JSON.
-    #[arg(long, global = true)]
-    pub(crate) json: bool,
-}
-
-#[derive(Clone, Debug, Subcommand)]
-pub(crate) enum BenchCommand {
-    /// Answers and tokens per second of the whole run in one process [the default, with `memory`].
-    Run {
-        /// Queries to answer.
-        #[arg(long, default_value_t = 500)]
-        queries: u64,
-        #[command(flatten)]
-        model_path: ModelPath,
-    },
-    /// Peak memory of a run, for several numbers of queries.
-    Memory {
-        /// Numbers of queries.
-        #[arg(long, value_delimiter = ',', default_values_t = [1_000, 100_000])]
-        queries: Vec<u64>,
-    },
-    /// Contexts per second, from a corpus made for it.
-    Retrieval {
-        /// Documents of the corpus.
-        #[arg(long, default_value_t = 50_000)]
-        documents: usize,
-        /// Queries to retrieve for.
-        #[arg(long, default_value_t = 10_000)]
-        queries: usize,
-    },
-    /// Jobs per second through the queue: all roles with their servers, and workers that do nothing.
-    Queue(QueueBench),
-}
-
-/// Options of `flotilla bench queue`.
-#[derive(Args, Clone, Debug)]
-pub(crate) struct QueueBench {
-    /// Jobs of about 1 KB.
-    #[arg(long, value_name = "N", default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..))]
-    pub(crate) jobs: u64,
-    /// Worker processes.
-    #[arg(long, value_name = "N", default_value_t = 2)]
-    pub(crate) workers: u32,
-    /// The nats-server to start [default: the one that scripts/servers.sh fetched, or on PATH].
-    #[arg(long, value_name = "FILE")]
-    pub(crate) nats_server: Option<PathBuf>,
-    /// The redis-server to start [default: the one on PATH].
-    #[arg(long, value_name = "FILE")]
-    pub(crate) redis_server: Option<PathBuf>,
-    /// Let the NATS server sync every message to disk before it confirms it.
-    #[arg(long)]
-    pub(crate) sync_always: bool,
 }
 
 impl ModelOptions {

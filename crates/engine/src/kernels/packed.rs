@@ -6,6 +6,7 @@ use super::memory::{Plain, Zeroed};
 #[cfg(target_arch = "x86_64")]
 use super::tiles::{Line, PAIR_LINES, PAIR_OUTPUTS, TILE_INPUTS};
 use super::{Cpu, Kernel, LANES, Lanes, Simd, Threads, Vector};
+use crate::Error;
 use crate::weights::Format;
 
 /// The weights of a linear layer, `(out_features, in_features)`.
@@ -57,11 +58,16 @@ impl PackedMatrix {
         cpu: &Cpu,
         in_features: usize,
         sources: &[RowSource<'_>],
-    ) -> std::io::Result<Self> {
+    ) -> Result<Self, Error> {
         let mut out_features = 0;
         let mut parts = Vec::new();
         for sources in sources.chunk_by(|a, b| a.format == b.format) {
-            let part = PackedRows::pack(cpu, in_features, out_features, sources)?;
+            let part =
+                PackedRows::pack(cpu, in_features, out_features, sources).map_err(|error| {
+                    Error::OutOfMemory(format!(
+                        "no room for weights, {in_features} inputs wide: {error}"
+                    ))
+                })?;
             out_features += part.num_outputs;
             parts.push(part);
         }

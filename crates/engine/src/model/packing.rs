@@ -103,9 +103,7 @@ impl<'a> Packing<'a> {
                 write,
             })
             .collect();
-        let matrix = PackedMatrix::pack(cpu, in_features, &sources).map_err(|error| {
-            Error::OutOfMemory(format!("no room for the weights of {name}: {error}"))
-        })?;
+        let matrix = PackedMatrix::pack(cpu, in_features, &sources)?;
         convert.finish(name)?;
         self.add(matrix.num_bytes());
         Ok(matrix)
