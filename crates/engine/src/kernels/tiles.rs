@@ -37,10 +37,12 @@ const PAIR_ROWS: usize = 2 * LANES;
 const PIECE_ROWS: usize = 256;
 
 /// Most pairs of panels of one piece of work.
-const PIECE_PAIRS: usize = 8;
+const PIECE_PAIRS: usize = 16;
 
-/// Pieces of work for each thread, where there is enough of it: so that none waits long for the other.
+/// Pieces of work for each thread, where there is enough of it. With few rows weights come from far, and small
+/// pieces end at the same time; with many rows the left-hand side is read again for each piece.
 const PIECES_PER_THREAD: usize = 8;
+const LARGE_PIECES_PER_THREAD: usize = 2;
 
 /// Tiles along the inputs after which other rows take their turn: two rows of tiles stay in the nearest cache.
 const STRETCH: usize = 8;
@@ -215,10 +217,12 @@ pub(super) fn matmul(
     left.fill(&cpu.threads, (x, num_rows), in_features);
     let left = &*left;
     let num_pairs = out.width().div_ceil(PAIR_OUTPUTS);
-    let piece_pairs =
-        (num_pairs / (PIECES_PER_THREAD * cpu.threads.num_threads())).clamp(1, PIECE_PAIRS);
     // Pieces with the same weights stand side by side: the weights are still in a cache.
     let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
+    let pieces_per_thread =
+        if num_rows > PAIR_ROWS { LARGE_PIECES_PER_THREAD } else { PIECES_PER_THREAD };
+    let num_pair_pieces = pieces_per_thread * cpu.threads.num_threads();
+    let piece_pairs = num_pairs.div_ceil(num_pair_pieces).clamp(1, PIECE_PAIRS);
     let num_pieces = num_row_pieces * num_pairs.div_ceil(piece_pairs);
     cpu.threads.share(num_pieces, num_rows * in_features * out.width(), |piece| {
         let first_row = piece % num_row_pieces * PIECE_ROWS;
@@ -232,7 +236,7 @@ pub(super) fn matmul(
             finish,
         };
         let mut scratch = lock(&tiles.threads[cpu.threads.current()]);
-        piece.multiply(cpu, &mut scratch);
+        cpu.simd.run(Multiply { piece, scratch: &mut scratch });
     });
 }
 
@@ -251,8 +255,22 @@ struct Piece<'a> {
     finish: Finish<'a>,
 }
 
+/// A piece with the memory that it takes.
+struct Multiply<'a> {
+    piece: Piece<'a>,
+    scratch: &'a mut Scratch,
+}
+
+impl Kernel for Multiply<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        self.piece.multiply::<V>(self.scratch);
+    }
+}
+
 impl Piece<'_> {
-    fn multiply(&self, cpu: &Cpu, scratch: &mut Scratch) {
+    #[inline(always)]
+    fn multiply<V: Vector>(&self, scratch: &mut Scratch) {
         let Self { left, rows, weights, pairs, .. } = self;
         let Scratch { sums, decoded } = scratch;
         let k_tiles = left.k_tiles;
@@ -279,7 +297,7 @@ impl Piece<'_> {
                             let out =
                                 &mut decoded[index * STRETCH * PAIR_LINES..][..len * PAIR_LINES];
                             if row_pair == 0 {
-                                cpu.simd.run(Decode { w, pair, first, out });
+                                Decode { w, pair, first, out }.run::<V>();
                             }
                             &*out
                         }
@@ -306,6 +324,7 @@ impl Piece<'_> {
         self.finish(sums);
     }
 
+    #[inline(always)]
     #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
     fn finish(&self, sums: &[Lanes]) {
         let Self { rows, pairs, out, finish, .. } = self;
