@@ -103,7 +103,8 @@ listen: 127.0.0.1:$NATS_PORT
 max_payload: 8MB
 jetstream { store_dir: "$PWD/$STATE/nats", max_file_store: 32GB, sync_interval: always }
 CONF
-        setsid nohup "$NATS_SERVER" -c "$STATE/nats.conf" >"$STATE/nats-server.log" 2>&1 </dev/null &
+        # As in docker-compose.yml: garbage is collected before the server has more than this.
+        GOMEMLIMIT="${GOMEMLIMIT:-256MiB}" setsid nohup "$NATS_SERVER" -c "$STATE/nats.conf" >"$STATE/nats-server.log" 2>&1 </dev/null &
         echo $! >"$STATE/nats-server.pid"
         await "$NATS_PORT" nats-server "$STATE/nats-server.pid"
     fi

@@ -47,6 +47,7 @@ fn settings(mut args: impl Iterator<Item = String>) -> Result<Settings, String> 
         time: Duration::from_secs(300),
         fault_interval: Duration::from_millis(700),
         workers: 8,
+        wipe: true,
     };
     while let Some(option) = args.next() {
         let value = args.next().ok_or_else(|| format!("{option}: expected a value"))?;

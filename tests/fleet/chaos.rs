@@ -14,6 +14,7 @@ fn chaos_loses_nothing_and_doubles_nothing() {
         time: Duration::from_secs(25),
         fault_interval: Duration::from_millis(600),
         workers: 5,
+        wipe: false,
     };
     match run(&settings) {
         Ok(report) => println!("{report}"),

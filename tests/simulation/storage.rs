@@ -76,6 +76,7 @@ impl Log for SimLog {
         sleep(self.world.chance.millis(0, most_millis)).await;
         self.world.gate(&self.process).await;
         if self.world.strikes(60) {
+            self.world.disk.forsake_unsynced();
             return Err(self.failed(Fault::SyncFailed, "cannot sync"));
         }
         let synced = self.inner.sync().await;

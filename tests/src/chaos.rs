@@ -2,7 +2,8 @@
 //! stopped, servers lose their memory and links break, from a seed; at the end every id has one line.
 //!
 //! A round is: a fleet starts, queries stream in, the faults of the [`plan`] happen, all faults end,
-//! everything drains, everybody is told to end, the output is checked. `make chaos` runs it for
+//! everything drains, the queue's store is wiped in the middle of some more (if that is wanted), everybody is told
+//! to end, the output is checked. `make chaos` runs it for
 //! minutes, the tests of the fleet for seconds. A seed repeats the faults and their times; what
 //! they meet differs from run to run.
 
@@ -10,18 +11,21 @@ use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 mod feed;
 pub mod plan;
 mod roles;
 mod verdict;
+mod wipe;
 
-use feed::Feed;
+use feed::{Feed, Order};
 use roles::{Fleet, Remedy};
 use verdict::Watch;
 
 pub use verdict::Report;
+pub use wipe::Wiped;
 
 /// Between two looks at whether everybody is well.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
@@ -41,6 +45,8 @@ pub struct Settings {
     pub fault_interval: Duration,
     /// Workers at first.
     pub workers: usize,
+    /// Whether nats-server loses its store at the end.
+    pub wipe: bool,
 }
 
 /// Something that must not be.
@@ -62,8 +68,9 @@ impl fmt::Display for Failure {
 
 /// Runs one round; what it survived, or what went wrong.
 pub fn run(settings: &Settings) -> Result<Report, Box<Failure>> {
-    let mut fleet = Fleet::start(settings);
-    let done = catch_unwind(AssertUnwindSafe(|| Round::new(settings, &mut fleet).run()));
+    let (order, orders) = mpsc::channel();
+    let mut fleet = Fleet::start(settings, order);
+    let done = catch_unwind(AssertUnwindSafe(|| Round::new(settings, &mut fleet, orders).run()));
     let text = match done {
         Ok(Ok(report)) => return Ok(report),
         Ok(Err(text)) => text,
@@ -90,10 +97,10 @@ struct Round<'a> {
 }
 
 impl<'a> Round<'a> {
-    fn new(settings: &'a Settings, fleet: &'a mut Fleet) -> Self {
+    fn new(settings: &'a Settings, fleet: &'a mut Fleet, orders: mpsc::Receiver<Order>) -> Self {
         let address = fleet.listen_address();
         let feeds = vec![
-            Feed::file(fleet.input(), settings.seed),
+            Feed::file(fleet.input(), settings.seed, orders),
             Feed::post(address, roles::TOKEN.to_owned(), settings.seed),
         ];
         Self { settings, fleet, feeds, started: Instant::now(), remedies: Vec::new() }
@@ -116,16 +123,12 @@ impl<'a> Round<'a> {
         for feed in std::mem::take(&mut self.feeds) {
             ids.extend(feed.end()?);
         }
-        let watch = Watch::new(self.fleet, ids);
-        let deadline = Instant::now() + DRAIN_TIMEOUT;
-        while let Some(missing) = watch.missing()? {
-            if Instant::now() > deadline {
-                return Err(format!("not drained within {DRAIN_TIMEOUT:?}: {missing}"));
-            }
-            self.pass(LOOK_INTERVAL)?;
-        }
+        let mut watch = Watch::new(self.fleet, ids);
+        self.drain(&watch)?;
         let counted = watch.count()?;
         let drained = faults_ended.elapsed();
+        watch.check()?;
+        let wiped = if settings.wipe { Some(self.wipe(&mut watch)?) } else { None };
         self.fleet.end()?;
         let lines = watch.check()?;
         Ok(Report {
@@ -134,8 +137,35 @@ impl<'a> Round<'a> {
             time: self.started.elapsed(),
             drained,
             counted,
+            wiped,
             lines,
         })
+    }
+
+    /// Waits until every id has its line and nothing is queued.
+    fn drain(&mut self, watch: &Watch) -> Result<(), String> {
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        while let Some(missing) = watch.missing()? {
+            if Instant::now() > deadline {
+                return Err(format!("not drained within {DRAIN_TIMEOUT:?}: {missing}"));
+            }
+            self.pass(LOOK_INTERVAL)?;
+        }
+        Ok(())
+    }
+
+    fn wipe(&mut self, watch: &mut Watch) -> Result<Wiped, String> {
+        watch.expect(wipe::publish(self.fleet)?);
+        let deadline = Instant::now() + DRAIN_TIMEOUT;
+        while !wipe::is_due(self.fleet) {
+            if Instant::now() > deadline {
+                return Err("the queries before the wipe are not answered".to_owned());
+            }
+            self.pass(LOOK_INTERVAL)?;
+        }
+        let wiped = wipe::wipe(self.fleet)?;
+        self.drain(watch)?;
+        Ok(wiped)
     }
 
     /// Lets time pass, ending faults that are due; an error as soon as somebody is not well.

@@ -103,9 +103,21 @@ impl Process {
         prlimit(Some(self.pid), Resource::Fsize, limit).unwrap();
     }
 
+    /// Whether it has this file open now.
+    pub fn has_open(&self, file: &Path) -> bool {
+        let open = std::fs::read_dir(format!("/proc/{}/fd", self.pid()));
+        let mut open = open.into_iter().flatten().flatten();
+        open.any(|entry| std::fs::read_link(entry.path()).is_ok_and(|link| link == file))
+    }
+
     /// Whether it has not ended yet.
     pub fn is_running(&self) -> bool {
-        self.shared.lock().status.is_none()
+        self.status().is_none()
+    }
+
+    /// How it ended, if it has.
+    pub fn status(&self) -> Option<ExitStatus> {
+        self.shared.lock().status
     }
 
     /// Waits for its end and the rest of its output; how it ended.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use shared::{IdDigest, Outcome, Settled};
 
 use crate::dedup::memory::MemoryDedup;
+use crate::serve::MAX_BATCH;
 use crate::{Answered, Dedup, DedupError, Error, Line, Log, Output, Position, Probe, Span, Step};
 
 /// A log and the index of its ids.
@@ -77,8 +78,11 @@ impl<D: Dedup, L: Log> Collector<D, L> {
     /// Writes the lines of the outcomes that are new, one an id, and waits until they are on disk
     /// and marked: from then on all of `outcomes` may be acked. After an error none may be.
     ///
+    /// At most 128 at a time: when the log is opened, so many lines at its end are doubted.
+    ///
     /// Dropping the future is safe like a crash: drop the collector too.
     pub async fn write(&mut self, outcomes: &[&Settled]) -> Result<Written, Error> {
+        debug_assert!(outcomes.len() <= MAX_BATCH, "more lines than an opening doubts");
         let ids: Vec<IdDigest> = outcomes.iter().map(|s| s.context.id.digest()).collect();
         let known = self.known(&ids).await?;
         self.probe.reached(Step::Checked)?;

@@ -1,8 +1,8 @@
 //! The output file: the truth about what is answered.
 //!
 //! One process owns it, by a lock that ends with the process (`output/lock.rs`). Opening repairs what
-//! a crash left behind: a torn last line is cut off, its bytes kept beside the file
-//! (`output/repair.rs`). Lines are appended in one write and synced before anybody calls them done.
+//! a crash left behind: a torn last line is cut off, its bytes kept beside the file, and the lines before it are
+//! synced (`output/repair.rs`). Lines are appended in one write and synced before anybody calls them done.
 //! Lines of failed jobs can be taken out again (`output/remove.rs`).
 
 use std::collections::HashSet;
@@ -58,6 +58,7 @@ impl Output {
             // The file's name must survive a power failure as its lines do.
             sync_folder(path).map_err(io("cannot sync the folder of"))?;
             let end = repair::cut_torn_tail(path, &file)?;
+            repair::write_end_again(path, &file, end)?;
             let generation = remove::generation(path).map_err(io("cannot stat what is beside"))?;
             remove::discard_unfinished(path);
             let path = path.to_owned();

@@ -16,8 +16,9 @@ use tokio::time::Instant;
 use crate::collector::{Collector, Written};
 use crate::{Dedup, Error, Log, Step};
 
-/// Most outcomes written and synced together.
-const MAX_BATCH: usize = 128;
+/// Most outcomes written and synced together, and so the most lines at an output's end that may not be
+/// on disk when it is opened.
+pub(crate) const MAX_BATCH: usize = 128;
 /// Longest time an outcome waits for others to share its sync.
 const MAX_BATCH_AGE: Duration = Duration::from_millis(50);
 /// How long a pull waits: so often the observer is told that time passes.

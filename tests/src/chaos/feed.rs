@@ -1,12 +1,14 @@
 //! The queries of a round: written to a file that grows, and posted to the producer that listens.
-//! Each has a thread that ends when it is told to, and says which ids the output must have.
+//! Each has a thread that ends when it is told to, and says which ids the output must have. The one that writes
+//! the file also rotates it, between two lines, as a logger does.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -22,6 +24,14 @@ const POST_INTERVAL: Duration = Duration::from_millis(200);
 const RETRY_DELAY: Duration = Duration::from_millis(100);
 /// How long an answer to a post may take; the server behind may be down.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// What the thread that writes the file is asked to do; it answers when it is done.
+pub(super) enum Order {
+    /// Gives the file this name, and goes on in a new one.
+    Rotate(PathBuf, mpsc::Sender<()>),
+    /// Writes a query with this id, which takes no part in repeats.
+    Write(String, mpsc::Sender<()>),
+}
 
 /// A thread that feeds.
 pub(super) struct Feed {
@@ -56,13 +66,13 @@ impl Feed {
         self.thread.join().map_err(|_| "a feeding thread panicked".to_owned())?
     }
 
-    /// Appends queries to `path`, some of them in two pieces and some of them twice.
-    pub(super) fn file(path: PathBuf, seed: u64) -> Self {
+    /// Appends queries to `path`, some of them in two pieces and some of them twice, and obeys `orders`.
+    pub(super) fn file(path: PathBuf, seed: u64, orders: mpsc::Receiver<Order>) -> Self {
         let text = |error: std::io::Error| error.to_string();
         Self::start(move |stopped| {
             let mut random = StdRng::seed_from_u64(seed);
-            let mut file = OpenOptions::new().append(true).create(true).open(path).map_err(text)?;
-            let mut ids = Vec::new();
+            let mut file = append_to(&path).map_err(text)?;
+            let (mut ids, mut ordered) = (Vec::new(), Vec::new());
             while !has_stopped(stopped, WRITE_INTERVAL) {
                 for _ in 0..random.random_range(0..4) {
                     let repeated = random.random_bool(0.02) && !ids.is_empty();
@@ -81,7 +91,22 @@ impl Feed {
                         ids.push(file_id(number));
                     }
                 }
+                let done = match orders.try_recv() {
+                    Ok(Order::Rotate(to, done)) => {
+                        std::fs::rename(&path, to).map_err(text)?;
+                        file = append_to(&path).map_err(text)?;
+                        done
+                    }
+                    Ok(Order::Write(id, done)) => {
+                        file.write_all(line(&id).as_bytes()).map_err(text)?;
+                        ordered.push(id);
+                        done
+                    }
+                    Err(_none) => continue,
+                };
+                let _gone = done.send(());
             }
+            ids.append(&mut ordered);
             Ok(ids)
         })
     }
@@ -108,6 +133,10 @@ impl Feed {
     }
 }
 
+fn append_to(path: &Path) -> std::io::Result<File> {
+    OpenOptions::new().append(true).create(true).open(path)
+}
+
 /// Ids with all that is special in a subject, a key or a path.
 fn file_id(number: usize) -> String {
     match number % 10 {
@@ -117,7 +146,8 @@ fn file_id(number: usize) -> String {
     }
 }
 
-fn line(id: &str) -> String {
+/// The query with this id, as a line.
+pub(super) fn line(id: &str) -> String {
     format!("{}\n", json!({ "id": id, "query": format!("What is {id}?") }))
 }
 

@@ -27,6 +27,10 @@ pub enum Kind {
     ProducerKilled,
     /// kill -9 of the producer that listens; it is run again.
     ListenerKilled,
+    /// The file that the producer follows is renamed, and another one takes its name.
+    FileRotated,
+    /// A job that aborts every worker's process that begins it: once in a round.
+    JobPoisonous,
     /// kill -9 of nats-server; it comes back with its store.
     NatsKilled,
     /// SIGSTOP of nats-server, then SIGCONT.
@@ -57,7 +61,7 @@ pub enum Kind {
 
 impl Kind {
     /// Every kind.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 23] = [
         Self::WorkerKilled,
         Self::WorkerStopped,
         Self::WorkerLeft,
@@ -66,6 +70,8 @@ impl Kind {
         Self::CollectorStopped,
         Self::ProducerKilled,
         Self::ListenerKilled,
+        Self::FileRotated,
+        Self::JobPoisonous,
         Self::NatsKilled,
         Self::NatsStopped,
         Self::NatsFull,
@@ -101,6 +107,8 @@ impl fmt::Display for Kind {
             Self::CollectorStopped => "collector stopped for a while",
             Self::ProducerKilled => "producer killed and run again",
             Self::ListenerKilled => "listening producer killed and run again",
+            Self::FileRotated => "followed file rotated",
+            Self::JobPoisonous => "job that aborts its worker",
             Self::NatsKilled => "nats-server killed",
             Self::NatsStopped => "nats-server stopped for a while",
             Self::NatsFull => "nats-server's disk full",

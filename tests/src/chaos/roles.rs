@@ -2,14 +2,17 @@
 //! does to it and what ends the fault. Not when: that is the plan's business.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, ExitStatus};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
 
 use super::Settings;
+use super::feed::Order;
 use super::plan::{Fault, Kind};
 use crate::process::{DEADLINE, Process, free_port};
 use crate::{NatsServer, Proxy, RedisCopy, RedisServer};
@@ -24,6 +27,8 @@ const LEASE: &str = "--lease 2";
 const MAX_COPIES: usize = 3;
 /// Files that a server with a full disk can still write: those up to this size.
 const FULL: u64 = 1024;
+/// Id of the job that no worker survives.
+pub(super) const POISON: &str = "poison";
 /// How slow a slow link is.
 const SLOW: Duration = Duration::from_millis(60);
 
@@ -86,6 +91,13 @@ pub(super) struct Fleet {
     /// Told to end.
     leaving: Vec<Member>,
     copies: VecDeque<RedisCopy>,
+    /// To the thread that writes the followed file.
+    orders: mpsc::Sender<Order>,
+    /// Files that were rotated away from the producer that follows, since its start.
+    rotated: Vec<PathBuf>,
+    num_rotated: usize,
+    /// Whether the poisonous job was fed.
+    pub(super) is_poisoned: bool,
     num_started: usize,
     /// Faults that happened, by kind.
     pub(super) counts: BTreeMap<Kind, usize>,
@@ -93,7 +105,7 @@ pub(super) struct Fleet {
 
 impl Fleet {
     /// Servers, two collectors of one run, a producer of each sort, workers.
-    pub(super) fn start(settings: &Settings) -> Self {
+    pub(super) fn start(settings: &Settings, orders: mpsc::Sender<Order>) -> Self {
         let (nats, redis) = (NatsServer::start(), RedisServer::start());
         let upstreams = [nats.address(); 5].into_iter().chain([redis.address()]);
         let links = upstreams.map(|to| Link { proxy: Proxy::start(to), is_bad: false }).collect();
@@ -109,6 +121,10 @@ impl Fleet {
             members: Vec::new(),
             leaving: Vec::new(),
             copies: VecDeque::new(),
+            orders,
+            rotated: Vec::new(),
+            num_rotated: 0,
+            is_poisoned: false,
             num_started: 0,
             counts: BTreeMap::new(),
         };
@@ -120,6 +136,13 @@ impl Fleet {
             fleet.add(Role::Worker);
         }
         fleet
+    }
+
+    /// Runs a command of the program to its end, which must be a good one; what it said.
+    pub(super) fn run(&mut self, args: &str) -> Result<String, String> {
+        let member = self.spawn(Role::Producer, 2, args);
+        self.settle(&member)?;
+        Ok(member.process.log())
     }
 
     /// The file that the producer follows.
@@ -140,13 +163,11 @@ impl Fleet {
     /// Starts one more process.
     fn add(&mut self, role: Role) {
         let number = self.num_started;
-        self.num_started += 1;
-        let nats = |link: usize| self.nats.url_at(self.links[link].proxy.address());
         let (link, args) = match role {
             Role::Worker => (
                 number % 2,
                 format!(
-                    "work --backend noop --noop-latency 300 --noop-slots 16 --drain-timeout 1 {LEASE}"
+                    "work --backend noop --noop-latency 300 --noop-slots 16 --noop-poison {POISON} --drain-timeout 1 {LEASE}"
                 ),
             ),
             Role::Producer => {
@@ -163,18 +184,27 @@ impl Fleet {
                 ),
             ),
         };
+        let member = self.spawn(role, link, &args);
+        self.members.push(member);
+    }
+
+    /// A process with these arguments, behind a link to NATS.
+    fn spawn(&mut self, role: Role, link: usize, args: &str) -> Member {
+        let number = self.num_started;
+        self.num_started += 1;
+        let nats = self.nats.url_at(self.links[link].proxy.address());
         let mut command = Command::new(&self.program);
         command
             .args(args.split_whitespace())
             .current_dir(self.dir.path())
             .env("FLOTILLA_CACHE_DIR", self.dir.path().join("cache"))
-            .env("FLOTILLA_NATS_URL", nats(link))
+            .env("FLOTILLA_NATS_URL", nats)
             .env_remove("FLOTILLA_LOG");
         if role == Role::Listener {
             command.env("FLOTILLA_TOKEN", TOKEN);
         }
         let name = format!("{role:?}-{number}").to_lowercase();
-        self.members.push(Member { name, role, process: Process::start(&mut command) });
+        Member { name, role, process: Process::start(&mut command) }
     }
 
     /// The `target`-th process of a role.
@@ -190,7 +220,52 @@ impl Fleet {
         member.process.kill();
         self.keep_log(&member);
         self.add(role);
+        if role == Role::Producer {
+            self.publish_rotated();
+        }
         true
+    }
+
+    /// What a killed producer may have left unread in files that have its input's name no more: whoever
+    /// rotates files publishes those again.
+    fn publish_rotated(&mut self) {
+        for path in std::mem::take(&mut self.rotated) {
+            let args = format!("produce --queries-file {} --run {RUN}", path.display());
+            let member = self.spawn(Role::Producer, 2, &args);
+            self.leaving.push(member);
+        }
+    }
+
+    /// The followed file gets another name, and its name another file, if the producer has come as far
+    /// as to read it: what was renamed before would be read by nobody.
+    fn rotate(&mut self) -> bool {
+        let input = self.input();
+        let is_read = self
+            .members
+            .iter()
+            .any(|member| member.role == Role::Producer && member.process.has_open(&input));
+        if !is_read {
+            return false;
+        }
+        self.num_rotated += 1;
+        let name = format!("{}.{}", input.display(), self.num_rotated);
+        self.rotated.push(PathBuf::from(&name));
+        self.order(|done| Order::Rotate(name.into(), done))
+    }
+
+    /// A job comes that kills whoever begins it, until it is given up.
+    fn poison(&mut self) -> bool {
+        if self.is_poisoned {
+            return false;
+        }
+        self.is_poisoned = true;
+        self.order(|done| Order::Write(POISON.to_owned(), done))
+    }
+
+    /// Has the thread that writes the followed file do something; whether it did.
+    fn order(&self, order: impl FnOnce(mpsc::Sender<()>) -> Order) -> bool {
+        let (done, told) = mpsc::channel();
+        self.orders.send(order(done)).is_ok() && told.recv_timeout(DEADLINE).is_ok()
     }
 
     /// A fault begins; what ends it, if it lasts. It does not happen where another one is in the way.
@@ -206,6 +281,8 @@ impl Fleet {
                 true
             }
             Kind::WorkerLeft => self.dismiss(fault.target),
+            Kind::FileRotated => self.rotate(),
+            Kind::JobPoisonous => self.poison(),
             Kind::WorkerStopped | Kind::CollectorStopped => {
                 let is_worker = fault.kind == Kind::WorkerStopped;
                 let role = if is_worker { Role::Worker } else { Role::Collector };
@@ -360,6 +437,7 @@ impl Fleet {
 
     /// An error if a process has ended that nobody has ended, or one has not ended well.
     pub(super) fn check(&mut self) -> Result<(), String> {
+        self.replace_poisoned();
         if let Some(member) = self.members.iter().find(|member| !member.process.is_running()) {
             return Err(format!("{} ended by itself:\n{}", member.name, member.process.log()));
         }
@@ -370,6 +448,26 @@ impl Fleet {
             self.settle(&member)?;
         }
         Ok(())
+    }
+
+    /// Workers that the poisonous job has taken down; others join.
+    fn replace_poisoned(&mut self) {
+        let dead = |member: &Member| {
+            member.process.status().is_some_and(|status| self.is_poisonous(member, status))
+        };
+        let places: Vec<usize> =
+            (0..self.members.len()).rev().filter(|place| dead(&self.members[*place])).collect();
+        for place in places {
+            let member = self.members.swap_remove(place);
+            self.keep_log(&member);
+            self.add(Role::Worker);
+        }
+    }
+
+    /// Whether this is the end of a worker that had the poisonous job.
+    fn is_poisonous(&self, member: &Member, status: ExitStatus) -> bool {
+        let aborted = status.signal() == Some(Signal::ABORT.as_raw());
+        self.is_poisoned && member.role == Role::Worker && aborted
     }
 
     /// Tells everybody to end, and waits until they have.
@@ -387,7 +485,7 @@ impl Fleet {
     fn settle(&self, member: &Member) -> Result<(), String> {
         let status = member.process.wait(DEADLINE);
         self.keep_log(member);
-        if status.success() {
+        if status.success() || self.is_poisonous(member, status) {
             return Ok(());
         }
         let log = member.process.log();

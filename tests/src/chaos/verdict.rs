@@ -12,7 +12,8 @@ use shared::queue::nats::NatsConfig;
 use tokio::runtime::Runtime;
 
 use super::plan::Kind;
-use super::roles::{Fleet, RUN};
+use super::roles::{Fleet, POISON, RUN};
+use super::wipe::Wiped;
 
 /// What a round survived, and what it cost.
 #[derive(Clone, Debug)]
@@ -27,6 +28,8 @@ pub struct Report {
     pub drained: Duration,
     /// What the servers counted.
     pub counted: Counted,
+    /// What the wiped store cost after that, if it was.
+    pub wiped: Option<Wiped>,
     /// What the lines tell.
     pub lines: Lines,
 }
@@ -55,17 +58,18 @@ pub struct Lines {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { seed, faults, time, drained, counted, lines } = self;
+        let Self { seed, faults, time, drained, counted, wiped, lines } = self;
         let total: usize = faults.values().sum();
         writeln!(f, "every id has exactly one line (seed {seed})")?;
         writeln!(f, "  {total:>7} faults survived:")?;
         for (kind, count) in faults.iter().filter(|(_, count)| **count > 0) {
             writeln!(f, "          {count:>5}  {kind}")?;
         }
-        let again = counted.jobs.saturating_sub(lines.count);
-        let repeats = counted.outcomes.saturating_sub(lines.count);
-        let share = |part: u64| 100.0 * part as f64 / lines.count.max(1) as f64;
-        writeln!(f, "  {:>7} queries, each with its line", lines.count)?;
+        let queries = lines.count - wiped.map_or(0, |wiped| wiped.queries as u64);
+        let again = counted.jobs.saturating_sub(queries);
+        let repeats = counted.outcomes.saturating_sub(queries);
+        let share = |part: u64| 100.0 * part as f64 / queries.max(1) as f64;
+        writeln!(f, "  {queries:>7} queries, each with its line")?;
         writeln!(
             f,
             "  {:>7} jobs stored, {again} of them published again by producers that were run again",
@@ -84,6 +88,9 @@ impl fmt::Display for Report {
             repeats.saturating_sub(again),
             share(repeats.saturating_sub(again))
         )?;
+        if let Some(wiped) = wiped {
+            writeln!(f, "  {wiped}")?;
+        }
         write!(
             f,
             "  {:>6.1}s in all, {:.1}s of them for what was left after the last fault",
@@ -93,9 +100,11 @@ impl fmt::Display for Report {
     }
 }
 
-/// Looks at what has come of the ids.
+/// Looks at what has come of the ids: an answer of each, but for the poisonous job.
 pub(super) struct Watch {
     ids: BTreeSet<String>,
+    /// Whether one of them is the poisonous job's.
+    is_poisoned: bool,
     output: PathBuf,
     url: String,
     runtime: Runtime,
@@ -106,7 +115,18 @@ impl Watch {
     pub(super) fn new(fleet: &Fleet, ids: Vec<String>) -> Self {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let ids = ids.into_iter().collect();
-        Self { ids, output: fleet.output(), url: fleet.nats.url(), runtime }
+        Self {
+            ids,
+            is_poisoned: fleet.is_poisoned,
+            output: fleet.output(),
+            url: fleet.nats.url(),
+            runtime,
+        }
+    }
+
+    /// These ids too, each fed once.
+    pub(super) fn expect(&mut self, ids: Vec<String>) {
+        self.ids.extend(ids);
     }
 
     /// What is not at its end yet, if anything.
@@ -139,8 +159,10 @@ impl Watch {
             let context = jetstream::new(async_nats::connect(&self.url).await?);
             let jobs = context.get_stream("FLOTILLA_JOBS").await?;
             let dead = context.get_stream("FLOTILLA_DEAD").await?;
-            if dead.cached_info().state.messages > 0 {
-                return Err("there are dead letters".into());
+            let (letters, expected) =
+                (dead.cached_info().state.messages, u64::from(self.is_poisoned));
+            if letters != expected {
+                return Err(format!("expected {expected} dead letters, found {letters}").into());
             }
             let results = context.get_stream("FLOTILLA_RESULTS").await?;
             Ok(Counted {
@@ -170,7 +192,9 @@ impl Watch {
             if !seen.insert(id.to_owned()) {
                 return Err(wrong("this id has two lines"));
             }
-            if line["success"] != true || line["answer"] != format!("no answer to {id}") {
+            let is_answered =
+                line["success"] == true && line["answer"] == format!("no answer to {id}");
+            if is_answered == (id == POISON) {
                 return Err(wrong("not the answer"));
             }
             let attempts = line["attempts"].as_u64().unwrap_or_default();

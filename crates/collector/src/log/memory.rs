@@ -1,7 +1,8 @@
 //! A log in memory with a disk that crashes: for tests of what the collector promises.
 //!
 //! The disk outlives the collectors that have it open, as a file does. What is appended and not
-//! yet synced survives a crash in part, cut at any byte.
+//! yet synced survives a crash in part, cut at any byte. What a sync has failed for is still read, and no later
+//! sync brings it to the disk: only what is written again gets there.
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,6 +11,7 @@ use serde::Deserialize;
 use shared::{IdDigest, JobId};
 
 use super::{Entry, Log};
+use crate::serve::MAX_BATCH;
 use crate::{Error, Position, Probe, Step};
 
 /// A disk with one file. Clones are the same disk.
@@ -21,6 +23,8 @@ struct Content {
     bytes: Vec<u8>,
     /// Bytes that no crash takes.
     synced: usize,
+    /// Whether what was unsynced at a failed sync is taken for written.
+    forsaken: bool,
     retried: Vec<u8>,
     failing_syncs: bool,
     lying_syncs: bool,
@@ -34,12 +38,19 @@ struct IdAndSuccess {
 }
 
 impl Disk {
-    /// Opens the log: what follows the last newline is cut.
+    /// Opens the log, as [`Output::open`](crate::Output::open) does: what follows the last newline is cut,
+    /// a batch's lines before it are written again, and all of it is synced, which never fails here.
     pub fn open(&self) -> MemoryLog {
         let mut content = self.content();
-        let whole = content.bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |at| at + 1);
+        let mut newlines = (0..content.bytes.len()).rev().filter(|&at| content.bytes[at] == b'\n');
+        let whole = newlines.next().map_or(0, |at| at + 1);
+        let written_again = newlines.nth(MAX_BATCH - 1).map_or(0, |at| at + 1);
         content.bytes.truncate(whole);
-        content.synced = whole;
+        content.synced = content.synced.min(whole);
+        if written_again <= content.synced {
+            content.forsaken = false;
+        }
+        content.sync();
         let end = whole as u64;
         drop(content);
         MemoryLog { disk: self.clone(), end }
@@ -51,6 +62,13 @@ impl Disk {
         let unsynced = content.bytes.len() - content.synced;
         let kept = content.synced + keep(unsynced).min(unsynced);
         content.bytes.truncate(kept);
+        content.forsaken &= content.synced < kept;
+    }
+
+    /// A sync fails: what is unsynced now is taken for written, and isn't.
+    pub fn forsake_unsynced(&self) {
+        let mut content = self.content();
+        content.forsaken |= content.synced < content.bytes.len();
     }
 
     /// Whether syncs fail from now on.
@@ -76,6 +94,15 @@ impl Disk {
 
     fn content(&self) -> MutexGuard<'_, Content> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Content {
+    /// A sync that works: for all that isn't taken for written.
+    fn sync(&mut self) {
+        if !self.forsaken {
+            self.synced = self.bytes.len();
+        }
     }
 }
 
@@ -144,11 +171,12 @@ impl Log for MemoryLog {
     async fn sync(&mut self) -> Result<(), Error> {
         let mut content = self.disk.content();
         if content.failing_syncs {
+            content.forsaken |= content.synced < content.bytes.len();
             let source = std::io::Error::other("a test's disk failed");
             return Err(Error::Io { action: "cannot sync", path: self.name(), source });
         }
         if !content.lying_syncs {
-            content.synced = content.bytes.len();
+            content.sync();
         }
         self.end = content.bytes.len() as u64;
         Ok(())
@@ -182,6 +210,7 @@ impl Log for MemoryLog {
         {
             let mut content = self.disk.content();
             content.synced = rest.len();
+            content.forsaken = false;
             content.bytes = rest;
             self.end = content.synced as u64;
         }

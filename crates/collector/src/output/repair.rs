@@ -1,14 +1,18 @@
 //! What opening does about the end of an output that a crash left behind.
 //!
 //! Only the end is looked at: a huge output whose index is whole is opened without reading it.
+//! What isn't a whole line there is cut off; the last whole lines are written and synced again.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
 use super::{CHUNK_BYTES, Identified, MAX_LINE_BYTES, beside, foreign, name};
 use crate::Error;
+use crate::serve::MAX_BATCH;
 
 /// Cuts what follows the last whole line, keeping it in a file beside the output; the length of
 /// what stays.
@@ -38,6 +42,60 @@ pub(super) fn cut_torn_tail(path: &Path, mut file: &File) -> Result<u64, Error> 
         "cut a torn last line that an earlier run left behind; its job is answered again"
     );
     Ok(whole)
+}
+
+/// Writes the last batch's lines again, the same bytes in the same place, and syncs them; `end` is the
+/// file's length.
+///
+/// Whoever appended them may have been killed before their sync, or the sync may have failed: then
+/// the kernel shows them to every reader, takes them for written, and no later sync tries them again, though they may
+/// never have reached the disk. Nothing is appended before what is there has been synced, so that no
+/// other lines can be meant. A crash in the middle of it changes nothing.
+pub(super) fn write_end_again(path: &Path, file: &File, end: u64) -> Result<(), Error> {
+    let io = |action| move |source| Error::Io { action, path: name(path), source };
+    if end == 0 {
+        return Ok(());
+    }
+    let start = start_of_last_lines(file, end, MAX_BATCH).map_err(io("cannot read"))?;
+    rewrite(file, start, end).map_err(io("cannot write the end again of"))?;
+    file.sync_all().map_err(io("cannot sync"))
+}
+
+/// Where the last `num_lines` lines start; the file ends with a newline at `end`.
+fn start_of_last_lines(file: &File, end: u64, num_lines: usize) -> std::io::Result<u64> {
+    let mut block = vec![0; CHUNK_BYTES];
+    let (mut start, mut newlines_left) = (end, num_lines + 1);
+    while start > 0 {
+        let size = start.min(CHUNK_BYTES as u64);
+        start -= size;
+        let block = &mut block[..size as usize];
+        file.read_exact_at(block, start)?;
+        for newline in block.iter().rev().enumerate().filter(|(_, byte)| **byte == b'\n') {
+            newlines_left -= 1;
+            if newlines_left == 0 {
+                return Ok(start + size - newline.0 as u64);
+            }
+        }
+    }
+    Ok(0)
+}
+
+/// Writes what is in the file from `start` to `end` to where it is.
+fn rewrite(file: &File, start: u64, end: u64) -> std::io::Result<()> {
+    // A file open for appending would put it at its end.
+    let flags = fcntl_getfl(file)?;
+    fcntl_setfl(file, flags - OFlags::APPEND)?;
+    let mut block = vec![0; CHUNK_BYTES];
+    let mut at = start;
+    let mut rewritten = Ok(());
+    while at < end && rewritten.is_ok() {
+        let size = (end - at).min(CHUNK_BYTES as u64);
+        let block = &mut block[..size as usize];
+        rewritten = file.read_exact_at(block, at).and_then(|()| file.write_all_at(block, at));
+        at += size;
+    }
+    fcntl_setfl(file, flags)?;
+    rewritten
 }
 
 /// Length of the file up to the end of its last whole line of ours.
@@ -129,5 +187,40 @@ fn number_of_line(mut file: &File, offset: u64) -> std::io::Result<u64> {
             return Ok(number);
         }
         number += block[..read].iter().filter(|&&byte| byte == b'\n').count() as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn last_lines_are_found_and_rewritten_across_chunks() {
+        let mut file = tempfile::tempfile().unwrap();
+        // Lines of many lengths, some longer than a chunk, as far as three chunks and more.
+        let lengths = [1, 7, CHUNK_BYTES, 500, CHUNK_BYTES + 1, 3, CHUNK_BYTES - 1, 90, 1];
+        let mut starts = vec![0];
+        for (number, length) in lengths.iter().enumerate() {
+            let line = [vec![b'a' + number as u8; length - 1], vec![b'\n']].concat();
+            file.write_all(&line).unwrap();
+            starts.push(starts[number] + *length as u64);
+        }
+        let end = starts[lengths.len()];
+        for num_lines in 1..=lengths.len() + 2 {
+            let expected = starts[lengths.len().saturating_sub(num_lines)];
+            let start = start_of_last_lines(&file, end, num_lines).unwrap();
+            assert_eq!(start, expected, "{num_lines} lines");
+        }
+        let content = || {
+            let mut content = vec![0; end as usize];
+            file.read_exact_at(&mut content, 0).unwrap();
+            content
+        };
+        let before = content();
+        rewrite(&file, starts[2], end).unwrap();
+        assert_eq!(content(), before);
+        assert_eq!(file.metadata().unwrap().len(), end);
     }
 }

@@ -112,6 +112,25 @@ async fn foreign_line_is_named_by_its_number() {
 }
 
 #[tokio::test]
+async fn opening_writes_the_end_again_and_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("results.jsonl");
+    let mut collector = open(&path).await.unwrap();
+    collector.write(&[&answered("a"), &answered("b")]).await.unwrap();
+    drop(collector);
+    let before = fs::read(&path).unwrap();
+    let long_ago = std::time::SystemTime::UNIX_EPOCH;
+    fs::File::options().append(true).open(&path).unwrap().set_modified(long_ago).unwrap();
+    let mut collector = open(&path).await.unwrap();
+    assert_ne!(fs::metadata(&path).unwrap().modified().unwrap(), long_ago);
+    assert_eq!(fs::read(&path).unwrap(), before);
+    // What is appended goes to the end as ever.
+    collector.write(&[&answered("c")]).await.unwrap();
+    assert!(fs::read(&path).unwrap().starts_with(&before));
+    assert_eq!(lines(&path).len(), 3);
+}
+
+#[tokio::test]
 async fn torn_tail_is_cut_and_kept_beside_the_output() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("results.jsonl");

@@ -94,6 +94,29 @@ async fn failed_sync_ends_it_with_nothing_acked() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn lines_whose_sync_failed_are_on_disk_before_they_are_acked() {
+    let disk = Disk::default();
+    let queue = queue_of([answered("a"), answered("b")]).await;
+    let server = IndexServer::default();
+    let mut collector = Collector::open(disk.open(), server.client()).await.unwrap();
+    disk.fail_syncs(true);
+    let (_tell, end) = watch::channel(End::WhenDrained);
+    let failed = run(&queue, &mut collector, end, no_controls(), &mut Count::default()).await;
+    assert!(matches!(failed, Err(Error::Io { .. })));
+    disk.fail_syncs(false);
+    // Nothing crashes: who opens the log again finds both lines there, on disk or not.
+    let mut collector = Collector::open(disk.open(), server.client()).await.unwrap();
+    assert_eq!(collector.num_lines(), 2);
+    queue.publish(answered("c")).await.unwrap();
+    let (_tell, end) = watch::channel(End::AtLines(1));
+    let mut count = Count::default();
+    run(&queue, &mut collector, end, no_controls(), &mut count).await.unwrap();
+    assert_eq!((count.repeated, queue.is_empty()), (2, true));
+    disk.crash(|_unsynced| 0);
+    assert_eq!(disk.lines().len(), 3);
+}
+
+#[tokio::test(start_paused = true)]
 async fn index_that_is_down_is_waited_for_with_leases_kept() {
     let disk = Disk::default();
     let queue = queue_of([answered("a"), answered("b")]).await;

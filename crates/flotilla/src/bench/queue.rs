@@ -23,6 +23,8 @@ use crate::{fleet, signals};
 const RUN: &str = "bench";
 /// Characters of a job's context: with the rest, a job of about 1 KB.
 const CONTEXT_LENGTH: usize = 600;
+/// `GOMEMLIMIT` of the nats-server, as in docker-compose.yml.
+const NATS_MEMORY: &str = "256MiB";
 /// How long servers and roles may take to be ready.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
 /// Between two looks at whether something is ready, or at what the processes use.
@@ -98,6 +100,7 @@ async fn start_servers(
     let config_file = path.join("nats.conf");
     std::fs::write(&config_file, config).context("cannot write the server's configuration")?;
     let mut nats = Command::new(server(options.nats_server.as_ref(), "nats-server"));
+    nats.env("GOMEMLIMIT", NATS_MEMORY);
     nats.arg("-c").arg(&config_file).arg("--ports_file_dir").arg(path);
     let pid = processes.start(Role::Nats, &mut nats)?.id().unwrap_or(0);
     let socket = path.join("redis.sock");
