@@ -130,12 +130,21 @@ impl ChatTemplate {
         ["system", "user", "assistant", "tool"].into_iter().filter(|role| shows(role)).collect()
     }
 
-    /// What else the template can be told: variables that it reads, and neither flotilla nor the tokenizer sets.
+    /// What else the template can be told: variables that it reads, and neither flotilla, the tokenizer nor itself
+    /// sets. One that it sets where it isn't given (`is defined`) counts.
     pub fn variables(&self) -> Vec<&str> {
+        let template = self.environment.get_template(&self.origin);
+        let source = template.as_ref().map_or("", |template| template.source());
+        let is_asked_for = |name: &str| {
+            let tests = [format!("{name} is defined"), format!("{name} is not defined")];
+            let mut places = tests.iter().flat_map(|test| source.match_indices(test));
+            places.any(|(at, _)| source[..at].ends_with([' ', '(']))
+        };
         let is_set = |name: &str| {
             ["messages", "add_generation_prompt"].contains(&name)
                 || name.ends_with("_token")
                 || self.environment.globals().any(|(global, _)| global == name)
+                || source.contains(&format!("set {name} =")) && !is_asked_for(name)
         };
         self.read.iter().map(String::as_str).filter(|name| !is_set(name)).collect()
     }
