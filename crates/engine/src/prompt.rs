@@ -107,7 +107,10 @@ impl PromptFormat {
         let is_read = |name: &String| template.is_some_and(|template| template.reads(name));
         if let Some(name) = variables.names().find(|name| !is_read(name)) {
             self.unread_variable.call_once(|| {
-                tracing::warn!(name, "chat_template_kwargs has what the model's template doesn't read");
+                tracing::warn!(
+                    name,
+                    "chat_template_kwargs has what the model's template doesn't read"
+                );
             });
         }
     }

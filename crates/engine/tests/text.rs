@@ -263,7 +263,8 @@ fn variables_of_a_template_change_the_prompt_as_in_transformers() {
             if fields.kind() != ValueKind::Map || !is_ours || key == "tool-calls" {
                 continue;
             }
-            let variables = fields.try_iter().unwrap().filter(|name| name.as_str() != Some("messages"));
+            let variables =
+                fields.try_iter().unwrap().filter(|name| name.as_str() != Some("messages"));
             let variables = minijinja::Value::from_pairs(
                 variables.map(|name| (name.clone(), fields.get_item(&name).unwrap())),
             );

@@ -322,7 +322,9 @@ pub(crate) fn hyphenated(args: impl Iterator<Item = OsString>) -> Vec<OsString> 
 }
 
 /// Takes a whole number that is not too small.
-fn at_least(least: usize) -> impl Fn(&str) -> Result<usize, String> + Clone + Send + Sync + 'static {
+fn at_least(
+    least: usize,
+) -> impl Fn(&str) -> Result<usize, String> + Clone + Send + Sync + 'static {
     move |text| {
         let number = text.parse().ok().filter(|number| *number >= least);
         number.ok_or_else(|| format!("expected a whole number of at least {least}"))

@@ -316,7 +316,9 @@ mod tests {
             logprobs: Some(true),
             top_logprobs: Some(3),
             seed: Some(u64::MAX),
-            chat_template_kwargs: Some(variables(r#"{"enable_thinking": false, "b": [1, -1], "a": 0.5}"#)),
+            chat_template_kwargs: Some(variables(
+                r#"{"enable_thinking": false, "b": [1, -1], "a": 0.5}"#,
+            )),
         }
     }
 

@@ -49,7 +49,8 @@ fn mapped(value: &Value, change: &impl Fn(&str) -> Result<String, Error>) -> Res
     match (value.kind(), value.as_str()) {
         (ValueKind::String, Some(text)) => change(text).map(Value::from),
         (ValueKind::Seq, _) => {
-            let list: Result<Vec<_>, Error> = items(value).map(|item| mapped(&item, change)).collect();
+            let list: Result<Vec<_>, Error> =
+                items(value).map(|item| mapped(&item, change)).collect();
             Ok(Value::from(list?))
         }
         (ValueKind::Map, _) => {

@@ -121,7 +121,8 @@ impl Both {
         self.infos.extend(format.map_or(0, |format| FORMATS[format].1).to_le_bytes());
         self.infos.extend((self.data.len() as u64).to_le_bytes());
         for name in &spec.names {
-            let own: Vec<Vec<f32>> = (0..rows).map(|_| self.add_row(width, format, random)).collect();
+            let own: Vec<Vec<f32>> =
+                (0..rows).map(|_| self.add_row(width, format, random)).collect();
             let half = spec.interleaved.map(|heads| rows / heads / 2);
             let number = |row: usize| match half {
                 None => row,
@@ -182,7 +183,8 @@ impl Both {
         });
         std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
         let view = |shape: &[usize], bytes| TensorView::new(Dtype::F32, shape.to_vec(), bytes);
-        let views = self.tensors.iter().map(|(name, shape, bytes)| (name, view(shape, bytes).unwrap()));
+        let views =
+            self.tensors.iter().map(|(name, shape, bytes)| (name, view(shape, bytes).unwrap()));
         serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
     }
 }
@@ -216,7 +218,8 @@ fn settings(has_experts: bool) -> Vec<Vec<u8>> {
 
 /// Logits of a prompt, and greedy tokens behind it.
 fn outputs(model: &Path, precision: Option<Precision>) -> (Vec<f32>, Vec<TokenId>) {
-    let options = RunnerOptions { max_num_batched_tokens: 64, precision, ..RunnerOptions::default() };
+    let options =
+        RunnerOptions { max_num_batched_tokens: 64, precision, ..RunnerOptions::default() };
     let mut runner = Runner::load(model, &options).unwrap();
     runner.allocate_kv_cache(8).unwrap();
     let prompt = (3..40).collect();

@@ -236,7 +236,10 @@ mod tests {
             ("--logit-bias 7=inf", "logit_bias of token 7: expected a finite number"),
             ("--logprobs 21", "21 is not in 0..=20"),
             ("--chat-template-kwargs false", "expected a JSON object such as"),
-            ("--chat-template-kwargs {\"tokenize\":true}", "flotilla doesn't set itself, given tokenize"),
+            (
+                "--chat-template-kwargs {\"tokenize\":true}",
+                "flotilla doesn't set itself, given tokenize",
+            ),
             ("--generation-config some", "[possible values: model, none]"),
         ] {
             let error = parse(args).unwrap_err();
