@@ -149,4 +149,5 @@ fn a_shard_that_was_cut_is_named() {
 fn a_file_that_is_no_model_is_told() {
     let error = error(&fixture("llama-gqa").join("model.safetensors"));
     assert!(error.contains("expected the letters GGUF"), "{error}");
+    assert!(error.ends_with("give the folder"), "{error}");
 }
