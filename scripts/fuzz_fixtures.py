@@ -9,10 +9,13 @@ load, and give the same logits and tokens.
 """
 
 import argparse
+import json
 import random
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import make_fixtures as fixtures
 
@@ -31,10 +34,11 @@ def rope(rng, phi3, pairs):
         longrope,
         {"rope_type": "default", "rope_theta": theta},
         {"rope_type": "linear", "rope_theta": theta, "factor": rng.choice([1.0, 2.5, 8.0])},
-        {"rope_type": "dynamic", "rope_theta": theta, "factor": 2.0},
+        {"rope_type": "dynamic", "rope_theta": theta, "factor": 2.0} | rng.choice([{}, {"original_max_position_embeddings": original}]),
         {"rope_type": "llama3", "rope_theta": theta, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
          "original_max_position_embeddings": original},
-        {"rope_type": "yarn", "rope_theta": theta, "factor": 3.0, "original_max_position_embeddings": original},
+        {"rope_type": "yarn", "rope_theta": theta, "factor": 3.0, "original_max_position_embeddings": original}
+        | rng.choice([{}, {"attention_factor": 1.3}, {"mscale": 0.5, "mscale_all_dim": 0.9}, {"beta_fast": 8, "beta_slow": 2, "truncate": False}]),
     ])
 
 
@@ -50,7 +54,11 @@ def random_config(rng):
         hidden_size=heads * rng.choice([1, 3, 5, 16]), intermediate_size=rng.choice([7, 31, 64, 129]),
         num_hidden_layers=num_layers, rms_norm_eps=rng.choice([1e-6, 1e-5, 1e-3]),
         tie_word_embeddings=rng.choice([True, False]), max_position_embeddings=rng.choice([134, 200, 4096]))
-    changes["hidden_activation" if gemma else "hidden_act"] = rng.choice(["silu", "gelu", "gelu_pytorch_tanh", "gelu_new"])
+    changes["hidden_activation" if gemma else "hidden_act"] = rng.choice(
+        ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu"])
+    changes["pad_token_id"] = rng.choice([None, 0, changes["vocab_size"] - 1])
+    changes["eos_token_id"] = rng.choice([2, [2, 5, 7]])
+    layer_types = [rng.choice(["sliding_attention", "full_attention"]) for _ in range(num_layers)]
     if phi3:  # no head_dim of its own
         head_dim = rng.choice([8, 24, 32])
         changes["hidden_size"] = heads * head_dim
@@ -77,6 +85,9 @@ def random_config(rng):
         changes["attn_logit_softcapping"] = rng.choice([None, 3.0, 50.0])
     if "gemma3" in make.__name__:
         changes["sliding_window_pattern"] = rng.choice([1, 2, 6])
+    has_window = gemma or changes.get("use_sliding_window")
+    if has_window and make not in (fixtures.phi3, fixtures.qwen3_moe) and rng.choice([True, False]):
+        changes["layer_types"] = layer_types
     experts = rng.choice([1, 2, 5, 9])
     if make is fixtures.mixtral:
         changes |= dict(num_local_experts=experts, num_experts_per_tok=rng.randint(1, experts))
@@ -86,7 +97,53 @@ def random_config(rng):
                         mlp_only_layers=rng.choice([[], [0]]))
     if make in (fixtures.llama, fixtures.qwen3, fixtures.qwen3_moe, fixtures.gemma2):
         changes["attention_bias"] = rng.choice([True, False])
+    if make is fixtures.llama:
+        changes["mlp_bias"] = rng.choice([True, False])
     return make.__name__, make(**changes), changes
+
+
+def fused(tensors):
+    """The matrices of all experts of a layer in one tensor, as transformers 5 keeps them."""
+    out, experts = {}, {}
+    for name, tensor in tensors.items():
+        name = name.replace("block_sparse_moe", "mlp")
+        layer, found, rest = name.partition(".experts.")
+        if found:
+            number, matrix, _ = rest.split(".")
+            experts.setdefault(layer, {})[int(number), {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(matrix, matrix)] = tensor
+        else:
+            out[name] = tensor
+    for layer, matrices in experts.items():
+        numbers = sorted({number for number, _ in matrices})
+        both = [torch.cat([matrices[n, "gate_proj"], matrices[n, "up_proj"]]) for n in numbers]
+        out[f"{layer}.experts.gate_up_proj"] = torch.stack(both)
+        out[f"{layer}.experts.down_proj"] = torch.stack([matrices[n, "down_proj"] for n in numbers])
+    return out
+
+
+def disturb(rng, folder, config):
+    """What people's checkpoints have beside or in place of what transformers saves; it means the same."""
+    path, settings = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    if not path.is_file() or "text_config" in settings:
+        return "nothing"
+    with safe_open(path, "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}
+    kinds = ["buffers", "no dtype", "nothing"] + ["base model"] * config.tie_word_embeddings
+    kinds += ["fused experts"] * 3 * any(".experts." in name for name in tensors)
+    kind = rng.choice(kinds)
+    if kind == "buffers":
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["model.embed_positions.position_ids"] = torch.arange(5)
+    elif kind == "no dtype":
+        settings = {k: v for k, v in settings.items() if k not in ("dtype", "torch_dtype", "transformers_version", "model_type")}
+    elif kind == "base model":
+        settings["architectures"] = [settings["architectures"][0].replace("ForCausalLM", "Model")]
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    elif kind == "fused experts":
+        tensors = fused(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(settings))
+    return kind
 
 
 def main():
@@ -102,9 +159,13 @@ def main():
         storage = rng.choice([fixtures.F32, fixtures.F16, fixtures.BF16])
         print(number, name, storage, changes, flush=True)
         try:
-            variant = (config, storage, rng.choice([4, 5]), rng.choice([1, 1, 3]))
-            fixtures.write_variant(args.out / f"{number}-{name}", variant, 1000 * number, least_different=1)
-        except SystemExit as reason:
+            # The older dialect knew no layer_types.
+            dialect = 5 if "layer_types" in changes else rng.choice([4, 5])
+            variant = (config, storage, dialect, rng.choice([1, 1, 3]))
+            folder = args.out / f"{number}-{name}"
+            fixtures.write_variant(folder, variant, 1000 * number, least_different=1)
+            print("disturbed:", disturb(rng, folder, config))
+        except (SystemExit, ZeroDivisionError) as reason:  # the latter: dynamic scaling of two dimensions
             print(f"left out: {reason}")
 
 

@@ -85,7 +85,9 @@ fn wrong_settings_are_told_before_anything_is_written() {
         (2, "--no-such-flag", "unexpected argument"),
         (2, "--inference-type togetherai", "possible values: local"),
         (1, "--model-path nowhere", "nowhere is not a model"),
-        (1, "--corpus-path nowhere", "nowhere"),
+        (2, "--max-num-seqs 0", "'--max-num-seqs <N>': expected a whole number of at least 1"),
+        (2, "--chat-template-kwargs [1]", "expected a JSON object such as"),
+        (1, "--corpus-path nowhere", "cannot read the corpus nowhere"),
         (1, "--prompt-template nowhere", "cannot read the prompt template nowhere"),
     ] {
         let args = if change.starts_with("--max-new-tokens") {

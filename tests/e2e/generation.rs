@@ -123,14 +123,68 @@ fn a_wrong_setting_is_its_own_lines_failure() {
 }
 
 #[test]
-fn the_models_own_settings_hold_where_nothing_else_is_said() {
+fn variables_of_the_chat_template_come_from_the_line_and_the_command_line() {
     let place = Workplace::new();
+    copy_model(&place);
+    // As Qwen 3 has it.
+    place.write(
+        "model/chat_template.jinja",
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|assistant|>\
+         {% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}\
+         {{ style | default('') }}{% endif %}",
+    );
+    let off = json!({"enable_thinking": false});
+    write(
+        &place,
+        &[
+            query("silent", &Value::Null),
+            query("off", &json!({"chat_template_kwargs": off})),
+            query("on", &json!({"chat_template_kwargs": {"enable_thinking": true}})),
+            query("short", &json!({"chat_template_kwargs": {"style": "short"}})),
+            query("wrong", &json!({"chat_template_kwargs": {"messages": []}})),
+        ],
+    );
+    let run = |output: &str, more: &str, input: &str| {
+        let command = format!(
+            "run {input} --output-file {output} --model-path model --temperature 0 --max-new-tokens 2 {more}"
+        );
+        place.run_expecting(3, &command);
+        let lines = lines(&place, output);
+        let error = lines["wrong"]["error"].as_str().unwrap();
+        assert!(error.contains("flotilla doesn't set itself, given messages"), "{error}");
+        ["silent", "off", "on", "short"].map(|id| lines[id]["prompt_sha256"].clone())
+    };
+    let queries = "--queries-file queries.jsonl";
+    let [silent, off, on, short] = run("plain.jsonl", "", queries);
+    assert_eq!(silent, on);
+    assert!(off != on && short != on && short != off);
+    // An option stands for what a line doesn't say, variable by variable.
+    let option = r#"--chat-template-kwargs {"enable_thinking":false}"#;
+    let [silent_off, still_off, still_on, short_off] = run("option.jsonl", option, queries);
+    assert_eq!((&silent_off, &still_off, &still_on), (&off, &off, &on));
+    assert!(short_off != short && short_off != off);
+    let contexts = "contexts --queries-file queries.jsonl --output-file contexts.jsonl";
+    place.run_expecting(3, contexts);
+    let staged = run("staged.jsonl", option, "--contexts-file contexts.jsonl");
+    assert_eq!(staged, [silent_off, still_off, still_on, short_off]);
+    let output = place.run("models model");
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(text.contains("its variables  enable_thinking, style"), "{text}");
+}
+
+fn copy_model(place: &Workplace) {
     let model = place.path("model");
     std::fs::create_dir(&model).unwrap();
     let shipped = repository().join("models/flotilla-reader");
     for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
         std::fs::copy(shipped.join(name), model.join(name)).unwrap();
     }
+}
+
+#[test]
+fn the_models_own_settings_hold_where_nothing_else_is_said() {
+    let place = Workplace::new();
+    copy_model(&place);
     place.write(
         "model/generation_config.json",
         r#"{"do_sample": false, "eos_token_id": 2, "max_new_tokens": 6, "temperature": 2.5, "top_p": 1.0}"#,

@@ -5,8 +5,9 @@
 
 mod jinja;
 mod json;
+mod variables;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use minijinja::value::Serde;
@@ -16,6 +17,8 @@ use serde::Serialize;
 use crate::Error;
 use crate::model_files::ModelFiles;
 use crate::tokenizer::named_tokens;
+
+pub use variables::TemplateVariables;
 
 /// The name of a template that comes from no file.
 const NAME: &str = "template";
@@ -44,6 +47,8 @@ pub struct ChatTemplate {
     origin: String,
     /// `bos_token`, `eos_token` and their like, as the template knows them.
     special_tokens: BTreeMap<String, String>,
+    /// All variables that it reads.
+    read: BTreeSet<String>,
     takes_system: bool,
     /// Whether it reads only messages whose content is a list of parts.
     wants_parts: bool,
@@ -76,8 +81,17 @@ impl ChatTemplate {
         environment
             .add_template_owned(origin.clone(), jinja::prepared(source))
             .map_err(|error| Error::Model(format!("the chat template is wrong: {error}")))?;
-        let mut template =
-            Self { environment, origin, special_tokens, takes_system: true, wants_parts: false };
+        let read = environment.get_template(&origin);
+        let read = read.map(|template| template.undeclared_variables(false)).unwrap_or_default();
+        let read = read.into_iter().collect();
+        let mut template = Self {
+            environment,
+            origin,
+            special_tokens,
+            read,
+            takes_system: true,
+            wants_parts: false,
+        };
         let [system, user] = PROBES;
         let user = Message { role: "user", content: user };
         let system = Message { role: "system", content: system };
@@ -116,11 +130,45 @@ impl ChatTemplate {
         ["system", "user", "assistant", "tool"].into_iter().filter(|role| shows(role)).collect()
     }
 
+    /// What else the template can be told: variables that it reads, and neither flotilla, the tokenizer nor itself
+    /// sets. One that it sets where it isn't given (`is defined`) counts.
+    pub fn variables(&self) -> Vec<&str> {
+        let template = self.environment.get_template(&self.origin);
+        let source = template.as_ref().map_or("", |template| template.source());
+        let is_asked_for = |name: &str| {
+            let tests = [format!("{name} is defined"), format!("{name} is not defined")];
+            let mut places = tests.iter().flat_map(|test| source.match_indices(test));
+            places.any(|(at, _)| source[..at].ends_with([' ', '(']))
+        };
+        let is_set = |name: &str| {
+            ["messages", "add_generation_prompt"].contains(&name)
+                || name.ends_with("_token")
+                || self.environment.globals().any(|(global, _)| global == name)
+                || source.contains(&format!("set {name} =")) && !is_asked_for(name)
+        };
+        self.read.iter().map(String::as_str).filter(|name| !is_set(name)).collect()
+    }
+
+    /// Whether it reads a variable.
+    pub(crate) fn reads(&self, name: &str) -> bool {
+        self.read.contains(name)
+    }
+
     /// The text of a conversation.
     pub fn render(
         &self,
         messages: &[Message<'_>],
         add_generation_prompt: bool,
+    ) -> Result<String, Error> {
+        self.render_told(messages, add_generation_prompt, &TemplateVariables::default())
+    }
+
+    /// The text of a conversation, with further variables of the template.
+    pub(crate) fn render_told(
+        &self,
+        messages: &[Message<'_>],
+        add_generation_prompt: bool,
+        variables: &TemplateVariables,
     ) -> Result<String, Error> {
         let message = |message: &Message<'_>| {
             let content = if self.wants_parts {
@@ -131,7 +179,8 @@ impl ChatTemplate {
             context! { role => message.role, content }
         };
         let messages: Vec<Value> = messages.iter().map(message).collect();
-        self.render_with(context! { messages, add_generation_prompt })
+        let variables = variables.value().clone();
+        self.render_with(context! { messages, add_generation_prompt, ..variables })
     }
 
     /// The text that the template makes of these variables, of which `messages` is one, as transformers'

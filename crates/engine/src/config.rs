@@ -33,6 +33,10 @@ pub enum Activation {
     GeluTanh,
     /// The Gaussian unit.
     Gelu,
+    /// `x * sigmoid(1.702 x)`
+    QuickGelu,
+    /// `max(x, 0)`
+    Relu,
 }
 
 /// What sets one layer apart from another.
@@ -281,10 +285,15 @@ fn activation(architecture: Architecture, fields: &Fields<'_>) -> Result<Activat
     };
     match fields.optional_text(field)?.unwrap_or(default) {
         "silu" | "swish" => Ok(Activation::Silu),
-        "gelu_pytorch_tanh" | "gelu_new" => Ok(Activation::GeluTanh),
-        "gelu" => Ok(Activation::Gelu),
+        "gelu_pytorch_tanh" | "gelu_new" | "gelu_fast" | "gelu_accurate" | "gelu_python_tanh" => {
+            Ok(Activation::GeluTanh)
+        }
+        "gelu" | "gelu_python" => Ok(Activation::Gelu),
+        "quick_gelu" => Ok(Activation::QuickGelu),
+        "relu" => Ok(Activation::Relu),
         other => {
-            Err(fields.wrong(field, &other.into(), "silu, gelu, gelu_new or gelu_pytorch_tanh"))
+            let expected = "silu, gelu, gelu_new, gelu_pytorch_tanh, quick_gelu or relu";
+            Err(fields.wrong(field, &other.into(), expected))
         }
     }
 }

@@ -13,6 +13,23 @@ use crate::model_files::ModelFiles;
 /// Largest number of tokens that is believed; whole numbers up to it are exact as `f32`.
 const MAX_COUNT: f32 = 1e7;
 
+/// Settings that change answers in transformers and are not heeded here, with the values that change nothing.
+const UNHEEDED: [(&str, f64); 13] = [
+    ("num_beams", 1.0),
+    ("penalty_alpha", 0.0),
+    ("guidance_scale", 1.0),
+    ("no_repeat_ngram_size", 0.0),
+    ("encoder_repetition_penalty", 1.0),
+    ("epsilon_cutoff", 0.0),
+    ("eta_cutoff", 0.0),
+    ("bad_words_ids", 0.0),
+    ("sequence_bias", 0.0),
+    ("suppress_tokens", 0.0),
+    ("begin_suppress_tokens", 0.0),
+    ("forced_bos_token_id", -1.0),
+    ("forced_eos_token_id", -1.0),
+];
+
 /// What a model's generation configuration says; `None` where it says nothing. The fields are those of
 /// [`crate::SamplingParams`].
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -39,6 +56,10 @@ impl GenerationConfig {
     pub fn load(model_path: &Path) -> Result<Self, Error> {
         let files = ModelFiles::open(model_path)?;
         let config = files.json("generation_config.json")?.unwrap_or(Value::Null);
+        for name in unheeded(&config) {
+            let value = &config[name];
+            tracing::warn!(name, %value, "the model's generation_config.json asks for what flotilla doesn't do");
+        }
         let number = |name, is_right: fn(f32) -> bool| setting(&config, name, is_right);
         let is_count = |count: f32| (0.0..=MAX_COUNT).contains(&count) && count.fract() == 0.0;
         let is_share = |share: f32| share > 0.0 && share <= 1.0;
@@ -57,6 +78,17 @@ impl GenerationConfig {
             }),
         })
     }
+}
+
+/// The settings that transformers would heed.
+fn unheeded(config: &Value) -> impl Iterator<Item = &'static str> {
+    let changes = |(name, neutral): &(&'static str, f64)| match config.get(name) {
+        None | Some(Value::Null) => false,
+        Some(Value::Array(values)) => !values.is_empty(),
+        Some(Value::Object(fields)) => !fields.is_empty(),
+        Some(value) => value.as_f64() != Some(*neutral),
+    };
+    UNHEEDED.iter().filter(move |setting| changes(setting)).map(|(name, _)| *name)
 }
 
 /// A number of the configuration; `None` if it isn't there or can't be meant.
@@ -99,6 +131,17 @@ mod tests {
         assert_eq!(load(r#"{"temperature": null}"#), GenerationConfig::default());
         let missing = GenerationConfig::load(Path::new("nowhere")).unwrap();
         assert_eq!(missing, GenerationConfig::default());
+    }
+
+    #[test]
+    fn what_transformers_would_heed_is_known_and_neutral_values_are_nothing() {
+        let config = serde_json::json!({
+            "num_beams": 4, "no_repeat_ngram_size": 0, "suppress_tokens": [3], "bad_words_ids": [],
+            "guidance_scale": null, "forced_eos_token_id": 2, "temperature": 0.5
+        });
+        let found: Vec<_> = unheeded(&config).collect();
+        assert_eq!(found, ["num_beams", "suppress_tokens", "forced_eos_token_id"]);
+        assert_eq!(unheeded(&Value::Null).count(), 0);
     }
 
     #[test]

@@ -16,7 +16,7 @@ pub mod scheduler;
 pub mod sequence;
 mod tokenizer;
 
-pub use chat_template::{ChatTemplate, Message, UserFields, UserTemplate};
+pub use chat_template::{ChatTemplate, Message, TemplateVariables, UserFields, UserTemplate};
 pub use detokenizer::Detokenizer;
 pub use engine::{
     Engine, EngineConfig, FinishReason, Finished, Request, Stats, StepOutput, Timing, model_name,

@@ -5,10 +5,10 @@
 //! tokens are found. A text without such passages is tokenised as transformers does it, in one call.
 
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Once};
 
 use crate::Error;
-use crate::chat_template::{ChatTemplate, Message, UserTemplate};
+use crate::chat_template::{ChatTemplate, Message, TemplateVariables, UserTemplate};
 use crate::step::TokenId;
 use crate::tokenizer::Tokenizer;
 
@@ -30,6 +30,8 @@ pub struct PromptFormat {
     tokenizer: Arc<Tokenizer>,
     chat_template: Option<ChatTemplate>,
     user_template: UserTemplate,
+    /// Has been called once a variable was given that the chat template doesn't read.
+    unread_variable: Once,
 }
 
 impl PromptFormat {
@@ -37,7 +39,7 @@ impl PromptFormat {
     pub fn load(model_path: &Path, tokenizer: Arc<Tokenizer>) -> Result<Self, Error> {
         let chat_template = ChatTemplate::load(model_path)?;
         let user_template = UserTemplate::load(model_path)?;
-        Ok(Self { tokenizer, chat_template, user_template })
+        Ok(Self::new(tokenizer, chat_template, user_template))
     }
 
     /// A format of given parts.
@@ -46,7 +48,7 @@ impl PromptFormat {
         chat_template: Option<ChatTemplate>,
         user_template: UserTemplate,
     ) -> Self {
-        Self { tokenizer, chat_template, user_template }
+        Self { tokenizer, chat_template, user_template, unread_variable: Once::new() }
     }
 
     /// The model's tokenizer.
@@ -66,6 +68,17 @@ impl PromptFormat {
 
     /// The prompt of a user's message, with what the model is told beforehand.
     pub fn render(&self, system: Option<&str>, user: &str) -> Result<Prompt, Error> {
+        self.render_told(system, user, &TemplateVariables::default())
+    }
+
+    /// The prompt of a user's message, with further variables of the chat template. As in transformers, those that
+    /// the template doesn't read change nothing; the first is warned of.
+    pub fn render_told(
+        &self,
+        system: Option<&str>,
+        user: &str,
+        variables: &TemplateVariables,
+    ) -> Result<Prompt, Error> {
         let system = system.filter(|system| !system.is_empty());
         let is_free =
             |mark: &char| !user.contains(*mark) && !system.is_some_and(|s| s.contains(*mark));
@@ -73,10 +86,12 @@ impl PromptFormat {
         let mark = mark.ok_or_else(|| Error::Reject("no private character is free".into()))?;
         let user = self.tokenizer.neutralise(user, mark)?;
         let system = system.map(|text| self.tokenizer.neutralise(text, mark)).transpose()?;
-        let mut text = self.compose(system.as_deref(), &user)?;
+        self.notice_unread(variables);
+        let variables = &variables.map_texts(&|text| self.tokenizer.neutralise(text, mark))?;
+        let mut text = self.compose(system.as_deref(), &user, variables)?;
         // Control tokens can also arise where the template's text meets the user's.
         let edged = system.as_deref().map(|text| with_edges(text, mark));
-        let apart = self.compose(edged.as_deref(), &with_edges(&user, mark))?;
+        let apart = self.compose(edged.as_deref(), &with_edges(&user, mark), variables)?;
         if self.tokenizer.control_tokens(&text) != self.tokenizer.control_tokens(&apart) {
             text = apart;
         }
@@ -87,15 +102,35 @@ impl PromptFormat {
         Ok(Prompt { text, token_ids })
     }
 
-    fn compose(&self, system: Option<&str>, user: &str) -> Result<String, Error> {
+    fn notice_unread(&self, variables: &TemplateVariables) {
+        let template = self.chat_template.as_ref();
+        let is_read = |name: &String| template.is_some_and(|template| template.reads(name));
+        if let Some(name) = variables.names().find(|name| !is_read(name)) {
+            self.unread_variable.call_once(|| {
+                tracing::warn!(
+                    name,
+                    "chat_template_kwargs has what the model's template doesn't read"
+                );
+            });
+        }
+    }
+
+    fn compose(
+        &self,
+        system: Option<&str>,
+        user: &str,
+        variables: &TemplateVariables,
+    ) -> Result<String, Error> {
         match (&self.chat_template, system) {
             (Some(template), Some(system)) if template.takes_system() => {
                 let system = Message { role: "system", content: system };
-                template.render(&[system, Message { role: "user", content: user }], true)
+                let messages = [system, Message { role: "user", content: user }];
+                template.render_told(&messages, true, variables)
             }
             (Some(template), system) => {
                 let content = plain(system, user);
-                template.render(&[Message { role: "user", content: &content }], true)
+                let messages = [Message { role: "user", content: &content }];
+                template.render_told(&messages, true, variables)
             }
             (None, system) => Ok(plain(system, user)),
         }

@@ -157,19 +157,19 @@ pub(crate) struct ModelOptions {
     #[arg(long, value_name = "NAME", default_value_t = EngineConfig::default().kv_cache_dtype, value_parser = named(&KvCacheDtype::ALL, KvCacheDtype::name))]
     pub(crate) kv_cache_dtype: KvCacheDtype,
     /// Most sequences that a worker computes at once.
-    #[arg(long, visible_alias = "batch-size", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs)]
+    #[arg(long, visible_alias = "batch-size", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs, value_parser = at_least(1))]
     pub(crate) max_num_seqs: usize,
     /// Most tokens that a worker computes in one step.
-    #[arg(long, value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens)]
+    #[arg(long, value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = at_least(1))]
     pub(crate) max_num_batched_tokens: usize,
     /// Longest sequence, prompt and answer, in tokens [default: the model's window].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least(2))]
     pub(crate) max_model_len: Option<usize>,
     /// Memory of a worker's KV cache, in MiB [default: from the free memory].
-    #[arg(long, value_name = "MIB")]
+    #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u64).range(1..=MAX_MEMORY_MIB))]
     pub(crate) kv_cache_memory: Option<u64>,
     /// Threads of all workers together [default: the cores].
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = at_least(1))]
     pub(crate) threads: Option<usize>,
     /// What computes: amx, avx512, avx2 or portable, as far as the machine has it [default: the best].
     #[arg(long, value_name = "NAME")]
@@ -242,6 +242,9 @@ impl ModelOptions {
 #[error("{0}")]
 pub(crate) struct Usage(pub(crate) String);
 
+/// More memory than any machine has, in MiB.
+const MAX_MEMORY_MIB: u64 = 1 << 30;
+
 /// Options whose value may begin with a hyphen, and is left as it is.
 const TEXT_OPTIONS: [&str; 2] = ["--stop", "--system-prompt"];
 
@@ -262,6 +265,16 @@ pub(crate) fn hyphenated(args: impl Iterator<Item = OsString>) -> Vec<OsString> 
         arg
     })
     .collect()
+}
+
+/// Takes a whole number that is not too small.
+fn at_least(
+    least: usize,
+) -> impl Fn(&str) -> Result<usize, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let number = text.parse().ok().filter(|number| *number >= least);
+        number.ok_or_else(|| format!("expected a whole number of at least {least}"))
+    }
 }
 
 /// Takes one of these names, which the help lists.
@@ -287,6 +300,22 @@ mod tests {
     #[test]
     fn command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_number_that_is_too_small_is_refused_under_the_options_name() {
+        for (option, expected) in [
+            ("--max-num-seqs 0", "'--max-num-seqs <N>': expected a whole number of at least 1"),
+            ("--batch-size 0", "'--max-num-seqs <N>': expected a whole number of at least 1"),
+            ("--max-num-batched-tokens 0", "'--max-num-batched-tokens <N>'"),
+            ("--max-model-len 1", "'--max-model-len <N>': expected a whole number of at least 2"),
+            ("--threads x", "'--threads <N>': expected a whole number of at least 1"),
+            ("--kv-cache-memory 0", "'--kv-cache-memory <MIB>'"),
+        ] {
+            let args = format!("flotilla run --queries-file q --output-file o {option}");
+            let error = Cli::try_parse_from(args.split(' ')).unwrap_err().to_string();
+            assert!(error.contains(expected), "{option}: {error}");
+        }
     }
 
     #[test]

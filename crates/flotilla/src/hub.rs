@@ -227,7 +227,11 @@ pub(crate) fn find(given: &str, options: &HubOptions, need: Need) -> anyhow::Res
         );
     }
     match Remote::parse(given) {
-        Some(remote) => Hub::new(options)?.fetch(&remote, need),
+        // What was meant may be a folder whose name has a mistake.
+        Some(remote) => Hub::new(options)?.fetch(&remote, need).with_context(|| {
+            format!("{given} is no folder or file here, and can't be had from the Hub")
+        }),
+        None if given.is_empty() => bail!("the name of the model is empty"),
         None => bail!(
             "{given} is not a model: expected a folder with config.json, model.safetensors and \
              tokenizer.json, a GGUF file, or the name of a model at the Hugging Face Hub as org/name"

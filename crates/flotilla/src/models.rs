@@ -94,6 +94,8 @@ struct Experts {
 struct Text {
     /// Roles that its chat template shows; none if it has no template.
     chat_roles: Option<Vec<&'static str>>,
+    /// Variables of the template that `--chat-template-kwargs` can set.
+    chat_variables: Vec<String>,
     /// Tokens that end an answer.
     end_tokens: Vec<EndToken>,
 }
@@ -208,8 +210,11 @@ impl Text {
     fn of(path: &Path) -> anyhow::Result<Self> {
         let tokenizer = Tokenizer::load(path)?;
         let end_tokens = tokenizer.eos_token_ids();
+        let template = ChatTemplate::load(path)?;
+        let variables = template.iter().flat_map(ChatTemplate::variables);
         Ok(Self {
-            chat_roles: ChatTemplate::load(path)?.map(|template| template.roles()),
+            chat_variables: variables.map(str::to_owned).collect(),
+            chat_roles: template.map(|template| template.roles()),
             end_tokens: end_tokens.map(|id| EndToken { id, text: tokenizer.token(id) }).collect(),
         })
     }

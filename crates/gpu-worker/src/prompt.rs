@@ -1,6 +1,6 @@
 //! From a job to the tokens of its prompt, cutting the context where the window is too short.
 
-use engine::{PromptFormat, UserTemplate};
+use engine::{PromptFormat, TemplateVariables, UserTemplate};
 use sha2::{Digest, Sha256};
 use shared::Job;
 
@@ -32,7 +32,11 @@ pub(crate) fn render(
     (window, max_new_tokens): (usize, usize),
     step: &dyn Fn(),
 ) -> Result<Rendered, String> {
-    let prompt = Prompt { format, job, template: template(format, job)?, step };
+    let variables = match &job.generation.chat_template_kwargs {
+        Some(variables) => TemplateVariables::new(variables),
+        None => TemplateVariables::default(),
+    };
+    let prompt = Prompt { format, job, template: template(format, job)?, variables, step };
     let room = window - max_new_tokens.min(window / MAX_ANSWER_SHARE);
     let context = &job.context.context;
     let max_bytes = room.saturating_mul(MAX_BYTES_PER_TOKEN);
@@ -72,6 +76,7 @@ struct Prompt<'a> {
     format: &'a PromptFormat,
     job: &'a Job,
     template: UserTemplate,
+    variables: TemplateVariables,
     step: &'a dyn Fn(),
 }
 
@@ -87,7 +92,7 @@ impl Prompt<'_> {
         let user = self.template.render(&fields).map_err(|error| error.to_string())?;
         let prompt = self
             .format
-            .render(self.job.system_prompt.as_deref(), &user)
+            .render_told(self.job.system_prompt.as_deref(), &user, &self.variables)
             .map_err(|error| error.to_string())?;
         (self.step)();
         let text_sha256 = format!("{:x}", Sha256::digest(prompt.text.as_bytes()));

@@ -58,10 +58,10 @@ pub fn retrieval(num_documents: usize, num_queries: usize, dir: &Path) -> Result
     let mut words = Words::new();
     let corpus_path = dir.join("corpus");
     let queries_file = dir.join("queries.jsonl");
-    let corpus_bytes =
-        write_corpus(&mut words, num_documents, &corpus_path).map_err(Error::read(&corpus_path))?;
+    let corpus_bytes = write_corpus(&mut words, num_documents, &corpus_path)
+        .map_err(Error::corpus(&corpus_path))?;
     write_queries(&mut words, num_documents, num_queries, &queries_file)
-        .map_err(Error::read(&queries_file))?;
+        .map_err(Error::input(&queries_file))?;
     let config = RetrievalConfig {
         corpus_path: Some(corpus_path),
         cache_dir: Some(dir.join("cache")),

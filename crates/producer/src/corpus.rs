@@ -72,7 +72,7 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>, Error> {
             entries.map(|entry| entry.map(|entry| entry.path())).collect::<Result<Vec<_>, _>>()
         })
         .map(|paths| paths.into_iter().filter(visible).collect())
-        .map_err(Error::read(dir))
+        .map_err(Error::corpus(dir))
 }
 
 fn name(path: &Path) -> Option<String> {
@@ -170,7 +170,7 @@ pub(crate) struct Documents<'r> {
 
 impl<'r> Documents<'r> {
     pub(crate) fn open(release: &'r Release, corpus_type: CorpusType) -> Result<Self, Error> {
-        let file = fs::File::open(&release.file).map_err(Error::read(&release.file))?;
+        let file = fs::File::open(&release.file).map_err(Error::corpus(&release.file))?;
         Ok(Self {
             release,
             corpus_type,
@@ -182,7 +182,7 @@ impl<'r> Documents<'r> {
     /// The next document; `None` at the end.
     pub(crate) fn next(&mut self) -> Result<Option<Document>, Error> {
         loop {
-            let line = self.lines.next().map_err(Error::read(&self.release.file))?;
+            let line = self.lines.next().map_err(Error::corpus(&self.release.file))?;
             let Some(line) = line else {
                 if self.num_bad > MAX_WARNINGS {
                     tracing::warn!(

@@ -10,8 +10,10 @@ pub enum Error {
     #[error("{0}")]
     Config(String),
     /// A file or directory that the user named could not be read.
-    #[error("cannot read {}", path.display())]
+    #[error("cannot read {what} {}", path.display())]
     Read {
+        /// What it is of.
+        what: &'static str,
         /// The file or directory.
         path: PathBuf,
         /// What the system said.
@@ -34,9 +36,19 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn read(path: &Path) -> impl FnOnce(io::Error) -> Self {
+    /// Of the corpus.
+    pub(crate) fn corpus(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        Self::read("the corpus", path)
+    }
+
+    /// Of the queries or contexts.
+    pub(crate) fn input(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        Self::read("the input", path)
+    }
+
+    fn read(what: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
-        move |source| Self::Read { path, source }
+        move |source| Self::Read { what, path, source }
     }
 }
 

@@ -107,7 +107,7 @@ pub fn contexts(
         return contexts_from(std::io::stdin(), source, retriever);
     }
     let (file, _) = source.file()?;
-    let input = Input::file(file.clone()).map_err(Error::read(file))?;
+    let input = Input::file(file.clone()).map_err(Error::input(file))?;
     Contexts::new(input, source, retriever)
 }
 
@@ -145,7 +145,7 @@ fn check_followed(source: &SourceConfig) -> Result<(), Error> {
     let is_file = match file.metadata() {
         Ok(metadata) => metadata.is_file(),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(Error::read(file)(error)),
+        Err(error) => return Err(Error::input(file)(error)),
     };
     if !is_file {
         let text = format!("expected a regular file to --follow, given {}", file.display());
@@ -153,7 +153,7 @@ fn check_followed(source: &SourceConfig) -> Result<(), Error> {
     }
     let opened = std::fs::File::open(file)
         .and_then(|opened| Records::open(buffered(opened), Division::Lines));
-    match opened.map_err(Error::read(file))? {
+    match opened.map_err(Error::input(file))? {
         Records::Array(_) => Err(Error::Config(format!("{}: {NO_ARRAY}", file.display()))),
         _ => Ok(()),
     }

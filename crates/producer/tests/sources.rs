@@ -454,7 +454,7 @@ fn exactly_one_file_is_expected() {
     let mut config = SourceConfig::default();
     assert!(error(&config).contains("given neither"));
     config.queries_file = Some("missing.jsonl".into());
-    assert_eq!(error(&config), "cannot read missing.jsonl");
+    assert_eq!(error(&config), "cannot read the input missing.jsonl");
     config.contexts_file = config.queries_file.clone();
     assert!(error(&config).contains("given both"));
 }

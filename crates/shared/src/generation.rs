@@ -9,10 +9,17 @@ use std::fmt::Display;
 
 use serde::{Deserialize, Serialize};
 
+use crate::json;
+
 /// Most tokens that may be asked for: more than any model's window.
 pub const MAX_NEW_TOKENS: u32 = 10_000_000;
 /// Most of the likeliest tokens whose log-probabilities may be asked for.
 pub const MAX_LOGPROBS: u32 = 20;
+
+/// What the chat template gets from flotilla itself, or what is no variable of it but says how transformers
+/// renders it.
+const TAKEN_VARIABLES: [&str; 5] =
+    ["messages", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"];
 
 /// How an answer is generated; `None` leaves it to whoever says it next.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -69,6 +76,9 @@ pub struct Generation {
     /// Seed of the random numbers: of a run, or of the one job.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub seed: Option<u64>,
+    /// Variables of the model's chat template; each by itself is left to whoever says it next.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template_kwargs: Option<json::Object>,
 }
 
 impl Generation {
@@ -91,6 +101,7 @@ impl Generation {
         logprobs: None,
         top_logprobs: None,
         seed: Some(0),
+        chat_template_kwargs: None,
     };
 
     /// Whether it says nothing.
@@ -119,6 +130,10 @@ impl Generation {
             logprobs: self.logprobs.or(other.logprobs),
             top_logprobs: self.top_logprobs.or(other.top_logprobs),
             seed: self.seed.or(other.seed),
+            chat_template_kwargs: match (self.chat_template_kwargs, &other.chat_template_kwargs) {
+                (Some(own), Some(other)) => Some(own.or(other)),
+                (own, other) => own.or_else(|| other.clone()),
+            },
         }
     }
 
@@ -160,6 +175,11 @@ impl Generation {
         problems.check("stop", empty_stop, "texts that say something", |_| false);
         let expected = "a whole number from 0 to 20";
         problems.check("top_logprobs", self.top_logprobs, expected, |num| *num <= MAX_LOGPROBS);
+        let variables = self.chat_template_kwargs.iter().flat_map(json::Object::names);
+        for name in variables.filter(|name| TAKEN_VARIABLES.contains(name)) {
+            let expected = "variables that flotilla doesn't set itself";
+            problems.check("chat_template_kwargs", Some(name), expected, |_| false);
+        }
         problems.into_result()
     }
 }
@@ -296,7 +316,14 @@ mod tests {
             logprobs: Some(true),
             top_logprobs: Some(3),
             seed: Some(u64::MAX),
+            chat_template_kwargs: Some(variables(
+                r#"{"enable_thinking": false, "b": [1, -1], "a": 0.5}"#,
+            )),
         }
+    }
+
+    fn variables(text: &str) -> json::Object {
+        serde_json::from_str(text).unwrap()
     }
 
     #[test]
@@ -363,6 +390,14 @@ mod tests {
         let line = Generation { top_k: Some(1), logprobs: Some(false), ..Generation::default() };
         let expected = Generation { top_k: Some(1), logprobs: Some(false), ..everything() };
         assert_eq!(line.or(&everything()), expected);
+        // Each variable of the template by itself.
+        let line = Generation {
+            chat_template_kwargs: Some(variables(r#"{"a": null}"#)),
+            ..Generation::default()
+        };
+        let both = variables(r#"{"a": null, "enable_thinking": false, "b": [1, -1]}"#);
+        let expected = Generation { chat_template_kwargs: Some(both), ..everything() };
+        assert_eq!(line.or(&everything()), expected);
     }
 
     #[test]
@@ -384,6 +419,7 @@ mod tests {
             logit_bias: Some([(7, f32::INFINITY)].into()),
             stop: Some(vec![String::new()]),
             top_logprobs: Some(21),
+            chat_template_kwargs: Some(variables(r#"{"enable_thinking": true, "messages": []}"#)),
             ..Generation::default()
         };
         let text = wrong.validate().unwrap_err();
@@ -400,6 +436,7 @@ mod tests {
             "logit_bias of token 7: expected a finite number, given inf",
             "stop: expected texts that say something, given an empty one",
             "top_logprobs: expected a whole number from 0 to 20, given 21",
+            "chat_template_kwargs: expected variables that flotilla doesn't set itself, given messages",
         ] {
             assert!(text.contains(expected), "{expected}: {text}");
         }

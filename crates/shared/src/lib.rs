@@ -5,6 +5,7 @@
 
 pub mod generation;
 pub mod id_table;
+pub mod json;
 pub mod message;
 pub mod queue;
 pub mod status;

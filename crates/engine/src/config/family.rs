@@ -181,7 +181,13 @@ pub(super) fn architecture(fields: &Fields<'_>) -> Result<Architecture, Error> {
     let class = fields.get("architectures").and_then(Value::as_array);
     let class = class.and_then(|list| list.first()).and_then(Value::as_str);
     let model_type = fields.optional_text("model_type")?;
-    let by_class = |name: &str| CLASSES.iter().find(|(class, _, _)| *class == name);
+    // A model without its output layer has the embedding for it, or is refused for the want of it later.
+    let is_of = |class: &str, name: &str| {
+        let family = class.strip_suffix("ForCausalLM");
+        let bare = family.and_then(|family| name.strip_prefix(family));
+        class == name || matches!(bare, Some("Model" | "TextModel"))
+    };
+    let by_class = |name: &str| CLASSES.iter().find(|(class, _, _)| is_of(class, name));
     let by_type = |name: &str| CLASSES.iter().find(|(_, model_type, _)| *model_type == name);
     let (given, found) = match (class, model_type) {
         (Some(class), _) => (class, by_class(class)),

@@ -153,6 +153,8 @@ impl<'a> Fields<'a> {
         };
         let ids = match value {
             Value::Array(values) => values.iter().collect(),
+            // So older configs say that there is none.
+            single if single.as_i64() == Some(-1) => Vec::new(),
             single => vec![single],
         };
         ids.into_iter()

@@ -46,6 +46,24 @@ fn both_dialects_of_rope_mean_the_same() {
     assert_eq!(linear.ropes[0].scaling, RopeScaling::Linear { factor: 2.0 });
 }
 
+#[test]
+fn what_older_and_bare_configs_say_is_understood() {
+    let config = with(serde_json::json!({"pad_token_id": -1, "eos_token_id": [2, 3]})).unwrap();
+    assert_eq!((config.pad_token_id, &*config.eos_token_ids), (None, &[2, 3][..]));
+    let bare = with(serde_json::json!({"architectures": ["LlamaModel"]})).unwrap();
+    assert_eq!(bare.architecture, Architecture::Llama);
+    let other = with(serde_json::json!({"architectures": ["LlamaForSequenceClassification"]}));
+    assert!(other.unwrap_err().to_string().contains("LlamaForSequenceClassification"));
+    for (name, activation) in [
+        ("gelu_fast", Activation::GeluTanh),
+        ("quick_gelu", Activation::QuickGelu),
+        ("relu", Activation::Relu),
+    ] {
+        let config = with(serde_json::json!({"hidden_act": name})).unwrap();
+        assert_eq!(config.activation, activation);
+    }
+}
+
 /// A config with nothing but the class's name and these fields.
 fn sparse(class: &str, fields: &Value) -> Result<ModelConfig, Error> {
     let mut config = serde_json::json!({"architectures": [class], "num_hidden_layers": 3});

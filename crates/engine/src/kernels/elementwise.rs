@@ -39,6 +39,12 @@ fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
+/// `x / (1 + e^-1.702x)`
+#[inline(always)]
+fn quick_gelu(x: f32) -> f32 {
+    x / (1.0 + exp(-1.702 * x))
+}
+
 /// `x * (1 + tanh(u)) / 2` with `u = sqrt(2 / pi) * (x + 0.044715 * x^3)`, which is `x / (1 + e^-2u)`.
 #[inline(always)]
 fn gelu_tanh(x: f32) -> f32 {
@@ -233,6 +239,12 @@ pub(crate) fn gated(
                 cpu.simd.run(Gated { gate_up, rows, out, activation: gelu_tanh });
             }
             Activation::Gelu => cpu.simd.run(Gated { gate_up, rows, out, activation: gelu }),
+            Activation::QuickGelu => {
+                cpu.simd.run(Gated { gate_up, rows, out, activation: quick_gelu });
+            }
+            Activation::Relu => {
+                cpu.simd.run(Gated { gate_up, rows, out, activation: |x: f32| x.max(0.0) });
+            }
         }
     });
 }

@@ -123,7 +123,11 @@ impl GgufFile {
         let memory = map(path)?;
         let parsed = parse(&memory);
         let (metadata, tensors) = parsed.map_err(|what| {
-            Error::Model(format!("{}: {what} (it has {} bytes)", path.display(), memory.len()))
+            let is_part = path.extension().is_some_and(|ending| ending == "safetensors");
+            let hint =
+                if is_part { "; of a checkpoint in safetensors, give the folder" } else { "" };
+            let len = memory.len();
+            Error::Model(format!("{}: {what} (it has {len} bytes){hint}", path.display()))
         })?;
         Ok(Self { path: path.to_owned(), memory, metadata, tensors })
     }

@@ -61,14 +61,19 @@ impl SafetensorsFiles {
     }
 
     /// A tensor by transformers' name for it. A base model, saved without its head, lacks what its names
-    /// begin with.
+    /// begin with; transformers 5 may keep the matrices of all experts in one tensor.
     pub(crate) fn find(&self, name: &str) -> Result<Option<Stored<'_>>, Error> {
-        let names = [Some(name), name.strip_prefix("model.")];
-        let mut found = names.into_iter().flatten().filter_map(|name| {
-            let number = self.owners.get(name)?;
-            Some(self.files[*number].stored(name))
-        });
-        found.next().transpose()
+        for name in [Some(name), name.strip_prefix("model.")].into_iter().flatten() {
+            if let Some(number) = self.owners.get(name) {
+                return self.files[*number].stored(name).map(Some);
+            }
+            if let Some((all, expert)) = of_all_experts(name)
+                && let Some(number) = self.owners.get(&all)
+            {
+                return self.files[*number].expert(&all, expert).map(Some);
+            }
+        }
+        Ok(None)
     }
 
     /// Bytes of all files.
@@ -94,6 +99,27 @@ impl SafetensorsFile {
             ))
         })?;
         Ok(Self { path, data_start: size_of::<u64>() + header_len, metadata, memory })
+    }
+
+    /// An expert's matrix in a tensor of all experts, `(experts, rows, columns)`.
+    fn expert(&self, name: &str, expert: usize) -> Result<Stored<'_>, Error> {
+        let mut stored = self.stored(name)?;
+        let [num_experts, rows, columns] = stored.shape[..] else {
+            return Err(Error::Model(format!(
+                "the tensor {name} in {} has shape {:?}, expected one matrix for each expert",
+                self.path.display(),
+                stored.shape
+            )));
+        };
+        let len = stored.format.num_bytes(rows * columns);
+        let bytes = stored.bytes.get(expert * len..(expert + 1) * len).ok_or_else(|| {
+            Error::Model(format!(
+                "the tensor {name} in {} has {num_experts} experts, expected number {expert} among them",
+                self.path.display()
+            ))
+        })?;
+        (stored.bytes, stored.shape) = (bytes, vec![rows, columns]);
+        Ok(stored)
     }
 
     /// A tensor that the header has.
@@ -125,6 +151,14 @@ impl SafetensorsFile {
             layout: Layout::default(),
         })
     }
+}
+
+/// The tensor of all experts that would have an expert's matrix, and the expert's number:
+/// `x.experts.3.down_proj.weight` is number 3 of `x.experts.down_proj`.
+fn of_all_experts(name: &str) -> Option<(String, usize)> {
+    let (layer, matrix) = name.strip_suffix(".weight")?.split_once(".experts.")?;
+    let (number, matrix) = matrix.split_once('.')?;
+    Some((format!("{layer}.experts.{matrix}"), number.parse().ok()?))
 }
 
 /// The files that an index names, each once.

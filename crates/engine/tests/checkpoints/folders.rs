@@ -1,5 +1,6 @@
 //! Folders with safetensors as people have them: other names, more tensors than needed, files that are missing.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::driver::{Sequence, run};
@@ -63,6 +64,43 @@ fn a_base_model_and_tensors_that_nobody_needs_are_read() {
     assert_eq!(logits(folder.path()), logits(&fixture("llama-tied")));
 }
 
+/// The fixture's tensors with the matrices of all experts of a layer in one, as transformers 5 keeps them in memory
+/// and saves them where it is told not to go back to the original format.
+fn write_fused(name: &str, folder: &Path) {
+    let bytes = std::fs::read(fixture(name).join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let mut all: BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)> = BTreeMap::new();
+    let mut names = tensors.names();
+    // By the experts' numbers, each one's gate before its up.
+    names.sort_by_key(|name| name.replace("down_proj", "z"));
+    for name in names {
+        let view = tensors.tensor(name).unwrap();
+        let Some((layer, matrix)) = name.split_once(".experts.") else {
+            all.insert(name.into(), (view.dtype(), view.shape().to_vec(), view.data().to_vec()));
+            continue;
+        };
+        let is_down = matrix.ends_with("down_proj.weight");
+        let matrix = if is_down { "down_proj" } else { "gate_up_proj" };
+        let [rows, columns] = view.shape() else { panic!("{name}") };
+        let rows = if is_down { *rows } else { 2 * rows };
+        let fused = all.entry(format!("{layer}.experts.{matrix}"));
+        let fused = fused.or_insert_with(|| (view.dtype(), vec![0, rows, *columns], Vec::new()));
+        fused.2.extend(view.data());
+        fused.1[0] = fused.2.len() / (rows * columns * view.dtype().bitsize() / 8);
+    }
+    let views = all.iter().map(|(name, (dtype, shape, bytes))| {
+        (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+    });
+    serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn experts_may_lie_in_one_tensor() {
+    let folder = folder("qwen3-moe");
+    write_fused("qwen3-moe", folder.path());
+    assert_eq!(logits(folder.path()), logits(&fixture("qwen3-moe")));
+}
+
 #[test]
 fn a_tensor_of_another_type_is_named_with_its_file() {
     let folder = folder("llama-tied");
@@ -111,4 +149,5 @@ fn a_shard_that_was_cut_is_named() {
 fn a_file_that_is_no_model_is_told() {
     let error = error(&fixture("llama-gqa").join("model.safetensors"));
     assert!(error.contains("expected the letters GGUF"), "{error}");
+    assert!(error.ends_with("give the folder"), "{error}");
 }

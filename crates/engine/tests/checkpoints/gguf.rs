@@ -215,6 +215,7 @@ fn what_a_file_says_of_itself_is_checked_before_it_is_believed() {
         (changed("blk.0.attn_q.weight", 4, &huge), "attn_q.weight"),
         (changed("blk.0.attn_q.weight", 4, &64u64.to_le_bytes()), "expected [32, 32]"),
         (changed("blk.0.attn_q.weight", 20, &16u32.to_le_bytes()), "in IQ2_XXS, which is not read"),
+        (changed("blk.0.attn_q.weight", 20, &12u32.to_le_bytes()), "rows are multiples of 256"),
         (changed("blk.0.attn_q.weight", 24, &huge), "attn_q.weight"),
         (changed("blk.0.attn_q.weight", 24, &1u64.to_le_bytes()), "expected a multiple of 32"),
     ] {

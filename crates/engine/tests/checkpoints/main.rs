@@ -3,5 +3,10 @@
 
 #[path = "../common/driver.rs"]
 mod driver;
+#[path = "../common/synthetic.rs"]
+#[expect(dead_code, reason = "only its random numbers are needed")]
+mod synthetic;
+
+mod blocks;
 mod folders;
 mod gguf;

@@ -6,6 +6,7 @@ use anyhow::Context;
 use clap::{Args, ValueEnum};
 use shared::Generation;
 use shared::generation::{MAX_LOGPROBS, MAX_NEW_TOKENS};
+use shared::json;
 
 use super::Usage;
 
@@ -73,6 +74,10 @@ pub(crate) struct GenerationOptions {
     /// Seed of the run; each job's own comes from it and the job's id.
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
+    /// Variables of the model's chat template as a JSON object, such as '{"enable_thinking": false}';
+    /// `flotilla models` names those that a model's template reads. A query's own come before these.
+    #[arg(long, value_name = "JSON", value_parser = parse_variables)]
+    pub(crate) chat_template_kwargs: Option<json::Object>,
     /// System prompt.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub(crate) system_prompt: Option<String>,
@@ -112,6 +117,7 @@ impl GenerationOptions {
             logprobs: self.logprobs.map(|_| true),
             top_logprobs: self.logprobs,
             seed: Some(self.seed),
+            chat_template_kwargs: self.chat_template_kwargs.clone(),
         };
         said.validate().map_err(Usage)?;
         Ok(match self.generation_config {
@@ -141,6 +147,12 @@ fn parse_top_k(text: &str) -> Result<u32, String> {
         return Ok(0);
     }
     text.parse().map_err(|_| "expected a whole number of at least 0".to_owned())
+}
+
+fn parse_variables(text: &str) -> Result<json::Object, String> {
+    serde_json::from_str(text).map_err(|error| {
+        format!(r#"expected a JSON object such as {{"enable_thinking": false}}: {error}"#)
+    })
 }
 
 fn parse_bias(text: &str) -> Result<(u32, f32), String> {
@@ -184,7 +196,7 @@ mod tests {
             "--max-new-tokens 7 --min-new-tokens 2 --temperature 0.7 --top-p 0.5 --top-k -1 --min-p 0.1 \
              --typical-p 0.9 --repetition-penalty 1.2 --presence-penalty -0.5 --frequency-penalty 0.5 \
              --logit-bias 3=-100 --logit-bias 5=1.5 --stop END --stop -x --stop-token-id 5 \
-             --stop-token-ids 6,7 --ignore-eos --logprobs 3 --seed 9",
+             --stop-token-ids 6,7 --ignore-eos --logprobs 3 --seed 9 --chat-template-kwargs {\"enable_thinking\":false}",
         );
         let expected = Generation {
             max_new_tokens: Some(7),
@@ -204,6 +216,7 @@ mod tests {
             logprobs: Some(true),
             top_logprobs: Some(3),
             seed: Some(9),
+            chat_template_kwargs: serde_json::from_str(r#"{"enable_thinking": false}"#).ok(),
         };
         let given = given.unwrap_or_else(|error| panic!("{error}"));
         assert_eq!(given, expected);
@@ -222,6 +235,11 @@ mod tests {
             ("--logit-bias 7", "a token id and a number such as 50256=-100"),
             ("--logit-bias 7=inf", "logit_bias of token 7: expected a finite number"),
             ("--logprobs 21", "21 is not in 0..=20"),
+            ("--chat-template-kwargs false", "expected a JSON object such as"),
+            (
+                "--chat-template-kwargs {\"tokenize\":true}",
+                "flotilla doesn't set itself, given tokenize",
+            ),
             ("--generation-config some", "[possible values: model, none]"),
         ] {
             let error = parse(args).unwrap_err();

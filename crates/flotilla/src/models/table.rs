@@ -56,6 +56,9 @@ fn shape_lines(shape: &Shape, line: &mut impl FnMut(&str, &str)) {
 fn text_lines(text: &Text, line: &mut impl FnMut(&str, &str)) {
     let roles = text.chat_roles.as_ref().map(|roles| roles.join(", "));
     line("chat template", &roles.unwrap_or_else(|| "none: prompts are plain text".to_owned()));
+    if !text.chat_variables.is_empty() {
+        line("its variables", &text.chat_variables.join(", "));
+    }
     let tokens = text.end_tokens.iter().map(|token| match &token.text {
         Some(text) => format!("{text} ({})", token.id),
         None => token.id.to_string(),

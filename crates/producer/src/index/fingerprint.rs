@@ -79,7 +79,7 @@ impl KnownFiles {
     pub(crate) fn hashes(&self, releases: &[Release]) -> Result<(Vec<String>, Self), Error> {
         let known: Vec<(Known, bool)> = releases
             .par_iter()
-            .map(|release| self.hash(&release.file).map_err(Error::read(&release.file)))
+            .map(|release| self.hash(&release.file).map_err(Error::corpus(&release.file)))
             .collect::<Result<_, _>>()?;
         let hashes = known.iter().map(|(known, _)| known.sha256.clone()).collect();
         let keep = releases

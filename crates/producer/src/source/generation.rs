@@ -69,6 +69,10 @@ fn set(generation: &mut Generation, name: &str, raw: &RawValue) -> Result<(), St
         "logprobs" => once(&mut generation.logprobs, name, Some(switch(name, raw)?)),
         "top_logprobs" => once(&mut generation.top_logprobs, name, Some(whole(name, raw)?)),
         "seed" => once(&mut generation.seed, name, Some(whole(name, raw)?)),
+        "chat_template_kwargs" => {
+            let expected = r#"an object such as {"enable_thinking": false}"#;
+            once(&mut generation.chat_template_kwargs, name, Some(value(name, raw, expected)?))
+        }
         _ => Err(format!("expected a setting that is known, given `{name}`")),
     }
 }
@@ -142,8 +146,10 @@ mod tests {
                 "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.2, "presence_penalty": -0.5,
                 "frequency_penalty": 0.5, "logit_bias": {"3": -100, "5": 1.5}, "stop": ["\n", "END"],
                 "stop_token_ids": [5, 6], "ignore_eos": true, "logprobs": true, "top_logprobs": 3,
-                "seed": 18446744073709551615}"#,
+                "seed": 18446744073709551615,
+                "chat_template_kwargs": {"enable_thinking": false, "date_string": "1 Jan 2025"}}"#,
         );
+        let variables = r#"{"enable_thinking": false, "date_string": "1 Jan 2025"}"#;
         let expected = Generation {
             max_new_tokens: Some(7),
             min_new_tokens: Some(2),
@@ -162,6 +168,7 @@ mod tests {
             logprobs: Some(true),
             top_logprobs: Some(3),
             seed: Some(u64::MAX),
+            chat_template_kwargs: Some(serde_json::from_str(variables).unwrap()),
         };
         assert_eq!(given, Ok(expected.clone()));
         // What is written into a contexts file is read from it.
@@ -215,6 +222,9 @@ mod tests {
             (r#"{"logit_bias": [1]}"#, "logit_bias: expected an object such as"),
             (r#"{"ignore_eos": 1}"#, "ignore_eos: expected true or false, given 1"),
             (r#"{"seed": -1}"#, "seed: expected a whole number"),
+            (r#"{"chat_template_kwargs": [1]}"#, "expected an object such as"),
+            (r#"{"chat_template_kwargs": {"a": 1, "a": 2}}"#, "`a` is there twice"),
+            (r#"{"chat_template_kwargs": {"messages": []}}"#, "given messages"),
         ] {
             let reason = read_field(json).unwrap_err();
             assert!(reason.starts_with("field `generation`: "), "{json}: {reason}");
