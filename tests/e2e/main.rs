@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "a failed step is a failed test")]
 
 mod bad_input;
+mod bench;
 mod crash;
 mod generation;
 mod happy_path;

@@ -42,7 +42,8 @@ fn requests(num_prompts: u64) -> Vec<Request> {
                 tokens(1 + lengths.below(48))
             };
             let sampling = SamplingParams {
-                max_new_tokens: 3 + id as usize % 5,
+                // A few go on for long: the cache gets full under them.
+                max_new_tokens: if id % 10 == 5 { 60 } else { 2 + id as usize % 3 },
                 ignore_eos: true,
                 logprobs: Some(2),
                 ..SamplingParams::default()
@@ -82,7 +83,7 @@ fn settings() -> [Setting; 8] {
         // Steps that hold a part of a prompt and a few tokens of others.
         Setting { max_num_batched_tokens: 19, trickle: true, ..batch(16) },
         Setting { prefix_caching: true, ..batch(32) },
-        Setting { prefix_caching: true, num_blocks: Some(30), trickle: true, ..batch(33) },
+        Setting { prefix_caching: true, num_blocks: Some(14), trickle: true, ..batch(33) },
         Setting { max_num_batched_tokens: 40, num_blocks: Some(9), ..batch(8) },
     ]
 }
@@ -167,7 +168,9 @@ fn check(num_prompts: u64, settings: &[Setting], kept: Kept) {
         }
         let stats = engine.stats();
         assert_eq!(stats.cached_prompt_tokens > 0, setting.prefix_caching, "{setting:?}");
-        assert_eq!(stats.num_preemptions > 0, setting.num_blocks.is_some(), "{setting:?}");
+        if num_prompts == NUM_PROMPTS {
+            assert_eq!(stats.num_preemptions > 0, setting.num_blocks.is_some(), "{setting:?}");
+        }
     }
 }
 
