@@ -35,6 +35,8 @@ mod kernels;
 mod kv_cache;
 mod model;
 mod model_files;
+#[doc(hidden)]
+pub mod parts;
 mod precision;
 pub mod quant;
 mod runner;
