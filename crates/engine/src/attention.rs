@@ -8,8 +8,8 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::config::ModelConfig;
 use crate::kernels::{
-    Cpu, Finish, Kernel, LANES, Lanes, Operand, Product, Rows, SharedRows, Vector, accumulate,
-    rms_norm_row, rope_row, softcap_row, softmax_row,
+    Cpu, Finish, Kernel, LANES, Lanes, Operand, Product, Rows, SharedRows, Tiled, Vector,
+    accumulate, fetch, for_each_tile, rms_norm_row, rope_row, softcap_row, softmax_row,
 };
 use crate::kv_cache::{Cached, HeadMut, LayerCache, Pages};
 use crate::model::rope::RopeTable;
@@ -20,6 +20,12 @@ const PIECE_QUERIES: usize = 32;
 
 /// Tokens from which on writing keys and values is shared out.
 const MIN_SHARED_WRITES: usize = 64;
+
+/// Blocks that keys are fetched ahead of their use.
+const KEYS_AHEAD: usize = 2;
+
+/// Heads whose writing is shared out together.
+const SHARED_HEADS: usize = 16;
 
 /// Numbers between the ends of rows of scratch, so that they don't share cache sets.
 const ROW_PADDING: usize = 16;
@@ -126,10 +132,19 @@ impl Attention {
             pages.heads_mut().enumerate().for_each(|(head, mut cache)| write(head, &mut cache));
             return;
         }
-        let mut heads: Vec<_> = pages.heads_mut().collect();
-        cpu.threads.share_chunks(&mut heads, 1, |head, (): &mut (), cache| {
-            write(head, &mut cache[0]);
-        });
+        // So many at a time, so that nothing is allocated.
+        let mut heads = pages.heads_mut().enumerate();
+        loop {
+            let mut some: [_; SHARED_HEADS] = std::array::from_fn(|_| heads.next());
+            cpu.threads.share_chunks(&mut some, 1, |_, (): &mut (), head| {
+                if let Some((head, cache)) = &mut head[0] {
+                    write(*head, cache);
+                }
+            });
+            if some[SHARED_HEADS - 1].is_none() {
+                return;
+            }
+        }
     }
 
     /// Attends from every token of the step: `out` is `(num_tokens, num_heads * head_dim)`.
@@ -256,7 +271,11 @@ fn multiply(numbers: &mut [f32], scales: &Lanes) {
 
 /// Keys as a right-hand side: each block a panel of 16 columns, the head's dimensions in between.
 #[derive(Clone, Copy)]
-struct Keys<'a, S>(Blocks<'a, S>);
+struct Keys<'a, S> {
+    blocks: Blocks<'a, S>,
+    /// Whether they are read once only, so that nothing but fetching them ahead hides the way from memory.
+    is_once: bool,
+}
 
 impl<S: Cached> Operand for Keys<'_, S> {
     type Stored = S;
@@ -268,28 +287,20 @@ impl<S: Cached> Operand for Keys<'_, S> {
 
     #[inline(always)]
     fn segment(&self, panel: usize, _segment: usize) -> &[S] {
-        self.0.cache.keys(self.0.head, self.0.table[panel])
-    }
-}
-
-/// Values as a right-hand side: 16 dimensions a panel, the first keys in between, block by block.
-#[derive(Clone, Copy)]
-struct Values<'a, S> {
-    blocks: Blocks<'a, S>,
-    num_blocks: usize,
-}
-
-impl<S: Cached> Operand for Values<'_, S> {
-    type Stored = S;
-
-    #[inline(always)]
-    fn num_segments(&self) -> usize {
-        self.num_blocks
+        self.blocks.cache.keys(self.blocks.head, self.blocks.table[panel])
     }
 
+    /// The values of the same block, which come behind all keys, and the keys of the next blocks: one block does
+    /// not lie behind the other, so the processor doesn't see what comes.
     #[inline(always)]
-    fn segment(&self, panel: usize, segment: usize) -> &[S] {
-        self.blocks.cache.values(self.blocks.head, self.blocks.table[segment], panel)
+    fn fetch_ahead(&self, panel: usize) {
+        let Blocks { cache, head, table } = self.blocks;
+        if self.is_once {
+            fetch::<_, false>(cache.all_values(head, table[panel]));
+            if let Some(block) = table.get(panel + KEYS_AHEAD) {
+                fetch::<_, true>(cache.keys(head, *block));
+            }
+        }
     }
 }
 
@@ -343,16 +354,14 @@ impl<S: Cached> Kernel for Attend<'_, S> {
         Product {
             x: Rows::new(queries, query_stride),
             rows: 0..num_queries,
-            w: Keys(blocks),
+            w: Keys { blocks, is_once: num_tokens == 1 },
             panels: 0..num_blocks,
             out: SharedRows::new(scores, width, score_stride),
             finish: Finish::Store,
         }
         .run::<V>();
 
-        // What every query sees is multiplied for all of them, the rest query by query.
         // Keys before a query's window weigh nothing, which adds nothing to its sums.
-        let common_blocks = (first_position + 1 - skipped) / BLOCK_SIZE;
         let mut totals = [0.0; PIECE_QUERIES];
         let mut many_totals = Vec::new();
         let totals = stack_or_heap(&mut totals, &mut many_totals, num_queries);
@@ -367,20 +376,30 @@ impl<S: Cached> Kernel for Attend<'_, S> {
             *total = softmax_row(scores, first_seen);
             blocks.scale_by_values(scores);
         }
-        Product {
-            x: Rows::new(scores, score_stride),
-            rows: 0..num_queries,
-            w: Values { blocks, num_blocks: common_blocks },
-            panels: 0..padded_dim / LANES,
-            out: SharedRows::new(sums, padded_dim, query_stride),
-            finish: Finish::Store,
+        // What every query sees is summed for all of them, the rest block by block.
+        let seen_by_all = first_position + 1 - skipped;
+        let num_keys =
+            if num_tokens == 1 { seen_by_all } else { seen_by_all / BLOCK_SIZE * BLOCK_SIZE };
+        let panels = 0..padded_dim / LANES;
+        let weights = Rows::new(scores, score_stride);
+        let out = SharedRows::new(sums, padded_dim, query_stride);
+        let mut sum = WeightedSum { blocks, first_block: 0, num_keys, weights, sums: out };
+        for_each_tile::<V>(&mut sum, 0..num_queries, panels.clone());
+        for block in num_keys / BLOCK_SIZE..num_blocks {
+            let start = block * BLOCK_SIZE;
+            sum.first_block = block;
+            // Tokens from here on see some of the block's keys; those from there on all.
+            let some = (start + 1).saturating_sub(seen_by_all).min(num_tokens);
+            let all = (start + BLOCK_SIZE).saturating_sub(seen_by_all).min(num_tokens);
+            for token in some..all {
+                sum.num_keys = seen_by_all + token - start;
+                for_each_tile::<V>(&mut sum, token * group..(token + 1) * group, panels.clone());
+            }
+            sum.num_keys = BLOCK_SIZE;
+            for_each_tile::<V>(&mut sum, all * group..num_queries, panels.clone());
         }
-        .run::<V>();
         for (row, total) in totals.iter().enumerate() {
-            let position = first_position + row / group;
-            let weights = &scores[row * score_stride..][..position + 1 - skipped];
-            let sum = &mut sums[row * query_stride..][..padded_dim];
-            add_values::<V, S>(blocks, common_blocks, weights, sum);
+            let sum = &sums[row * query_stride..][..padded_dim];
             let column = (self.head * group + row % group) * dim;
             // SAFETY: these tokens and heads are this piece's alone.
             let out = unsafe { self.out.slice_mut(first_token + row / group, column, dim) };
@@ -410,23 +429,54 @@ fn load_query(
     }
 }
 
-/// Adds the weighted values from block `first_block` on to `sum`, in the order of the keys.
-#[inline(always)]
-fn add_values<V: Vector, S: Cached>(
-    blocks: Blocks<'_, S>,
+/// Values, weighted and summed in the order of their keys: 16 dimensions a panel.
+struct WeightedSum<'a, S> {
+    blocks: Blocks<'a, S>,
+    /// Where the keys begin. Unless it is the first of all, they are added to the sums that are there.
     first_block: usize,
-    weights: &[f32],
-    sum: &mut [f32],
-) {
-    for (block, weights) in weights.chunks(BLOCK_SIZE).enumerate().skip(first_block) {
-        for (group, sum) in sum.chunks_exact_mut(LANES).enumerate() {
-            let values = blocks.cache.values(blocks.head, blocks.table[block], group);
-            let mut lanes = Lanes::ZERO;
-            lanes.0.copy_from_slice(sum);
-            let mut sums = [[V::load(&lanes)]];
-            accumulate(&mut sums, [weights], [values], weights.len());
-            sums[0][0].store(&mut lanes);
-            sum.copy_from_slice(&lanes.0);
+    num_keys: usize,
+    weights: Rows<'a>,
+    sums: SharedRows<'a>,
+}
+
+impl<S: Cached> Tiled for WeightedSum<'_, S> {
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "rows of scratch are read and written through one view")]
+    fn tile<V: Vector, const R: usize, const P: usize>(&mut self, row: usize, panel: usize) {
+        let Self { blocks: Blocks { cache, head, table }, first_block, num_keys, .. } = *self;
+        let mut sums = [[V::zero(); P]; R];
+        let mut lanes = Lanes::ZERO;
+        if first_block > 0 {
+            for r in 0..R {
+                for p in 0..P {
+                    // SAFETY: the scratch is this thread's alone, and nothing else of it is held.
+                    let sum = unsafe { self.sums.slice_mut(row + r, (panel + p) * LANES, LANES) };
+                    lanes.0.copy_from_slice(sum);
+                    sums[r][p] = V::load(&lanes);
+                }
+            }
+        }
+        let mut done = 0;
+        while done < num_keys {
+            let len = BLOCK_SIZE.min(num_keys - done);
+            let mut weights: [&[f32]; R] = [&[]; R];
+            let mut values: [&[S]; P] = [&[]; P];
+            for r in 0..R {
+                weights[r] = self.weights.slice(row + r, first_block * BLOCK_SIZE + done, len);
+            }
+            for p in 0..P {
+                values[p] = cache.values(head, table[first_block + done / BLOCK_SIZE], panel + p);
+            }
+            accumulate(&mut sums, weights, values, len);
+            done += len;
+        }
+        for r in 0..R {
+            for p in 0..P {
+                sums[r][p].store(&mut lanes);
+                // SAFETY: as above.
+                let sum = unsafe { self.sums.slice_mut(row + r, (panel + p) * LANES, LANES) };
+                sum.copy_from_slice(&lanes.0);
+            }
         }
     }
 }

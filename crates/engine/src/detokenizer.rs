@@ -12,11 +12,22 @@ use clean_up::CleanUp;
 
 use crate::Error;
 use crate::step::TokenId;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Piece, Tokenizer};
 
 /// Tokens that may wait for a character to be complete. Four bytes are enough for a character; more are waited
 /// for because decoders judge a run of byte tokens as a whole.
 const MAX_HELD_BACK: usize = 32;
+
+/// Room for a token's text.
+const BYTES_PER_TOKEN: usize = 4;
+
+/// What a token was found to be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Special,
+    Byte,
+    Text,
+}
 
 /// Decodes one answer.
 #[derive(Debug)]
@@ -29,6 +40,8 @@ pub struct Detokenizer {
     text: String,
     /// The tokens that are not in `text` yet.
     held_back: Vec<TokenId>,
+    /// Their text.
+    piece: String,
     /// Takes blanks out of the text, for tokenizers that want it.
     clean_up: Option<CleanUp>,
     /// Whether tokens have become text.
@@ -46,6 +59,7 @@ impl Detokenizer {
             num_tokens: 0,
             text: String::new(),
             held_back: Vec::new(),
+            piece: String::new(),
             clean_up,
             has_begun: false,
         }
@@ -56,41 +70,60 @@ impl Detokenizer {
         Self { min_tokens, ..self }
     }
 
+    /// Makes room for the text of so many tokens.
+    pub(crate) fn reserve(&mut self, num_tokens: usize) {
+        self.text.reserve(num_tokens * BYTES_PER_TOKEN);
+        self.held_back.reserve(BYTES_PER_TOKEN);
+        self.piece.reserve(MAX_HELD_BACK);
+    }
+
     /// Takes a token; `true` if the text has come to a stop string, behind which it ends.
     pub fn push(&mut self, token: TokenId) -> Result<bool, Error> {
         self.num_tokens += 1;
-        if self.tokenizer.is_special(token) {
+        self.piece.clear();
+        let piece = &mut self.piece;
+        let found = self.tokenizer.with_piece(token, |found| match found {
+            Piece::Special => Found::Special,
+            Piece::Byte => Found::Byte,
+            Piece::Text(text) => {
+                piece.push_str(text);
+                Found::Text
+            }
+        })?;
+        if found == Found::Special {
             return Ok(false);
         }
         self.held_back.push(token);
         let may_wait = self.held_back.len() < MAX_HELD_BACK;
-        if may_wait && self.tokenizer.is_byte_fallback(token) {
+        if may_wait && found == Found::Byte {
             return Ok(false);
         }
-        let piece = self.decode_held_back()?;
-        let is_open = piece.ends_with(char::REPLACEMENT_CHARACTER);
+        // A token alone, in the middle of the text, is its piece.
+        if !self.has_begun || self.held_back.len() > 1 || found == Found::Byte {
+            self.piece = self.decode_held_back()?;
+        }
+        let is_open = self.piece.ends_with(char::REPLACEMENT_CHARACTER);
         // Where waiting was in vain, a character that has just begun gets the rest of its bytes all the same.
-        if (may_wait && (is_open || piece.is_empty()))
+        if (may_wait && (is_open || self.piece.is_empty()))
             || (is_open && self.held_back.len() < MAX_HELD_BACK + 4)
         {
             return Ok(false);
         }
-        self.has_begun |= !piece.is_empty();
-        let piece = match &mut self.clean_up {
-            Some(clean_up) => clean_up.push(&piece),
-            None => piece,
-        };
-        Ok(self.accept(&piece))
+        self.has_begun |= !self.piece.is_empty();
+        if let Some(clean_up) = &mut self.clean_up {
+            self.piece = clean_up.push(&self.piece);
+        }
+        Ok(self.accept())
     }
 
     /// Ends the text: what is held back becomes part of it, incomplete characters as U+FFFD. `true` if that
     /// brought a stop string.
     pub fn finish(&mut self) -> Result<bool, Error> {
-        let mut piece = self.decode_held_back()?;
+        self.piece = self.decode_held_back()?;
         if let Some(clean_up) = &mut self.clean_up {
-            piece = clean_up.finish(&piece);
+            self.piece = clean_up.finish(&self.piece);
         }
-        Ok(self.accept(&piece))
+        Ok(self.accept())
     }
 
     /// The text so far.
@@ -111,11 +144,11 @@ impl Detokenizer {
         self.tokenizer.decode_inside(&self.held_back)
     }
 
-    /// Appends a piece and cuts the text at the first stop string that it completes.
-    fn accept(&mut self, piece: &str) -> bool {
+    /// Appends the piece and cuts the text at the first stop string that it completes.
+    fn accept(&mut self) -> bool {
         self.held_back.clear();
         let old = self.text.len();
-        self.text.push_str(piece);
+        self.text.push_str(&self.piece);
         if self.num_tokens < self.min_tokens {
             return false;
         }

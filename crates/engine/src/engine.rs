@@ -20,10 +20,10 @@ use crate::model_files::is_gguf;
 use crate::precision::{KvCacheDtype, Precision};
 use crate::prompt::PromptFormat;
 use crate::runner::{Runner, RunnerOptions};
-use crate::sampler::{Chosen, SampleError, Sampler, SamplingParams, SamplingState, TokenLogprobs};
+use crate::sampler::{Chosen, SampleError, Samplers, SamplingParams, SamplingState, TokenLogprobs};
 use crate::scheduler::{Limits, Plan, Scheduler};
 use crate::sequence::Sequence;
-use crate::step::{BLOCK_SIZE, TokenId};
+use crate::step::{BLOCK_SIZE, StepInput, TokenId};
 use crate::tokenizer::Tokenizer;
 
 /// Memory of the KV cache where neither the caller nor the system says how much there is.
@@ -201,7 +201,10 @@ pub struct Engine {
     runner: Runner,
     scheduler: Scheduler,
     answers: HashMap<u64, Answer>,
-    sampler: Sampler,
+    samplers: Samplers,
+    /// The step that is computed, and what was sampled in it: memory that is used again.
+    input: StepInput,
+    sampled: Vec<SampledRow>,
     tokenizer: Arc<Tokenizer>,
     prompt_format: Arc<PromptFormat>,
     generation_config: GenerationConfig,
@@ -258,7 +261,9 @@ impl Engine {
             runner,
             scheduler: Scheduler::new(limits, blocks),
             answers: HashMap::new(),
-            sampler: Sampler::default(),
+            samplers: Samplers::new(config.threads),
+            input: StepInput::default(),
+            sampled: Vec::new(),
             tokenizer,
             prompt_format: Arc::new(prompt_format),
             generation_config,
@@ -329,9 +334,12 @@ impl Engine {
                 "the token {token} is outside of the vocabulary of {vocab_size}"
             ));
         }
+        let room = sampling.max_new_tokens.min(self.max_model_len - prompt.len());
+        let mut detokenizer = Detokenizer::new(Arc::clone(&self.tokenizer), sampling.stop.clone())
+            .with_min_tokens(sampling.min_new_tokens);
+        detokenizer.reserve(room);
         let answer = Answer {
-            detokenizer: Detokenizer::new(Arc::clone(&self.tokenizer), sampling.stop.clone())
-                .with_min_tokens(sampling.min_new_tokens),
+            detokenizer,
             logprobs: sampling.logprobs.map(|_| Vec::new()),
             sampling: SamplingState::new(sampling, &prompt, &self.eos_token_ids),
             added_at: Instant::now(),
@@ -340,7 +348,8 @@ impl Engine {
         };
         self.answers.insert(id, answer);
         let long_context_beyond = self.runner.config().long_context_beyond();
-        self.scheduler.add(Sequence::new(id, prompt).with_long_context_beyond(long_context_beyond));
+        let sequence = Sequence::new(id, prompt).with_long_context_beyond(long_context_beyond);
+        self.scheduler.add(sequence.with_room_for(room));
         Ok(())
     }
 
@@ -367,15 +376,17 @@ impl Engine {
             return Ok(outputs);
         }
         self.note_begun(&plan);
-        let Some(sampled) = self.run(&plan)? else {
+        if !self.run(&plan)? {
             return Ok(outputs);
-        };
+        }
         self.scheduler.commit(&plan);
         self.stats.steps += 1;
         self.stats.computed_tokens += plan.num_tokens() as u64;
-        for (id, sampled) in sampled {
-            outputs.extend(self.settle(id, sampled));
+        let mut sampled = std::mem::take(&mut self.sampled);
+        for row in sampled.drain(..) {
+            outputs.extend(row.chosen.and_then(|chosen| self.settle(row.id, chosen)));
         }
+        self.sampled = sampled;
         Ok(outputs)
     }
 
@@ -402,29 +413,32 @@ impl Engine {
         }
     }
 
-    /// Computes a plan and samples where it reaches a sequence's end. `None` if memory ran out, for which the
+    /// Computes a plan and samples where it reaches a sequence's end. `false` if memory ran out, for which the
     /// next plan is smaller.
-    fn run(&mut self, plan: &Plan) -> Result<Option<Vec<(u64, Sampled)>>, Error> {
-        let input = self.scheduler.step_input(plan);
-        let logits = match self.runner.forward(&input) {
+    fn run(&mut self, plan: &Plan) -> Result<bool, Error> {
+        self.input.fill(&plan.scheduled, self.scheduler.running());
+        let logits = match self.runner.forward(&self.input) {
             Ok(logits) => logits,
             Err(Error::OutOfMemory(reason)) => {
                 self.make_room(reason)?;
-                return Ok(None);
+                return Ok(false);
             }
             Err(error) => return Err(error),
         };
         let ends = plan.scheduled.iter().filter(|scheduled| scheduled.samples);
-        let mut sampled = Vec::with_capacity(logits.num_rows());
-        for (scheduled, row) in ends.zip(logits.rows()) {
-            let Some(answer) = self.answers.get(&scheduled.id) else {
-                continue;
-            };
+        self.sampled.clear();
+        self.sampled.extend(ends.map(|scheduled| SampledRow { id: scheduled.id, chosen: None }));
+        let answers = &self.answers;
+        #[cfg(test)]
+        let poisoned = self.poisoned;
+        self.samplers.each(logits.threads(), &mut self.sampled, |sampler, index, row| {
+            let logits = logits.row(index);
             #[cfg(test)]
-            let row = if self.poisoned == Some(scheduled.id) { &[f32::NAN][..] } else { row };
-            sampled.push((scheduled.id, self.sampler.sample(row, &answer.sampling)));
-        }
-        Ok(Some(sampled))
+            let logits = if poisoned == Some(row.id) { &[f32::NAN][..] } else { logits };
+            let answer = answers.get(&row.id);
+            row.chosen = answer.map(|answer| sampler.sample(logits, &answer.sampling));
+        });
+        Ok(true)
     }
 
     /// Makes the next step smaller than the one that memory ran out for.
@@ -446,8 +460,8 @@ impl Engine {
     }
 
     /// Takes what was sampled for a request; the request's end, if this is it.
-    fn settle(&mut self, id: u64, sampled: Sampled) -> Option<StepOutput> {
-        let advanced = match sampled {
+    fn settle(&mut self, id: u64, chosen: Result<Chosen, SampleError>) -> Option<StepOutput> {
+        let advanced = match chosen {
             Ok(chosen) => self.advance(id, chosen).map_err(|error| error.to_string()),
             Err(error) => Err(error.to_string()),
         };
@@ -505,8 +519,14 @@ impl Engine {
     }
 }
 
-/// What became of a row of logits.
-type Sampled = Result<Chosen, SampleError>;
+/// A row of logits.
+#[derive(Debug)]
+struct SampledRow {
+    /// The request.
+    id: u64,
+    /// What became of it; `None` if the request is gone.
+    chosen: Option<Result<Chosen, SampleError>>,
+}
 
 /// Makes the KV cache as large as told, or as the sequences can use and the free memory allows.
 fn allocate_kv_cache(

@@ -32,7 +32,7 @@ pub(crate) use lanes::{Bf16Lanes, F16Lanes, I8Lanes, LANES, Lanes, Stored, Vecto
 pub(crate) use matmul::{Epilogue, Linear, matmul};
 pub(crate) use memory::Zeroed;
 pub(crate) use packed::{PackedMatrix, RowSource, packed_bytes};
-pub(crate) use product::{Finish, Operand, Product, accumulate};
+pub(crate) use product::{Finish, Operand, Product, Tiled, accumulate, fetch, for_each_tile};
 pub(crate) use threads::Threads;
 
 /// What computes: an instruction set, and threads to share the work.

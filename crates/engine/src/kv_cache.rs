@@ -233,6 +233,13 @@ impl<S: Cached> Pages<S> {
         &self.values[(block * groups + group) * BLOCK_SIZE..][..BLOCK_SIZE]
     }
 
+    /// All dimensions of the values of a block: `(head_dim / 16, BLOCK_SIZE, 16)`.
+    #[inline(always)]
+    pub(crate) fn all_values(&self, head: usize, block: BlockId) -> &[S] {
+        let len = self.head_dim.div_ceil(LANES) * BLOCK_SIZE;
+        &self.values[(head * self.num_blocks + block.0 as usize) * len..][..len]
+    }
+
     /// Scales of the keys of a block, of a dtype that has such.
     #[inline(always)]
     pub(crate) fn key_scales(&self, head: usize, block: BlockId) -> &Lanes {

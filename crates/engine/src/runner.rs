@@ -65,6 +65,7 @@ pub struct Runner {
 pub struct Logits<'a> {
     rows: &'a Activations,
     num_rows: usize,
+    threads: &'a Threads,
 }
 
 impl<'a> Logits<'a> {
@@ -80,6 +81,11 @@ impl<'a> Logits<'a> {
     pub fn row(&self, row: usize) -> &'a [f32] {
         assert!(row < self.num_rows, "row {row} of {} rows of logits", self.num_rows);
         self.rows.row(row)
+    }
+
+    /// The threads that computed them.
+    pub(crate) fn threads(&self) -> &'a Threads {
+        self.threads
     }
 
     /// All rows.
@@ -163,7 +169,7 @@ impl Runner {
         let step = Step { cpu, input, ropes };
         cpu.threads.step(|| model.forward(step, cache, buffers));
         let (rows, num_rows) = self.buffers.logits();
-        Ok(Logits { rows, num_rows })
+        Ok(Logits { rows, num_rows, threads: &self.cpu.threads })
     }
 
     /// Refuses what would read or write where it must not.

@@ -12,7 +12,7 @@
 //!    has its `sequence_bias` before its `repetition_penalty` too.
 //! 3. A temperature of 0 takes the likeliest token, the lowest id among equals.
 //! 4. Otherwise `temperature`, `top_k`, `top_p`, `min_p`, `typical_p`, each of them on what the one before it
-//!    left, renormalised (`candidates`). This is transformers' order. vLLM has `min_p` before `top_k` and
+//!    left, renormalised (`candidates`, on what `row` says of the whole vocabulary). This is transformers' order. vLLM has `min_p` before `top_k` and
 //!    `top_p`, which only matters where several of them are set.
 //! 5. A number that the seed and the position give is looked up in what is left (`draw`).
 
@@ -21,15 +21,20 @@ mod candidates;
 mod draw;
 mod logprobs;
 mod params;
+mod row;
 #[cfg(test)]
 mod tests;
 
+use std::sync::{Mutex, PoisonError};
+
+use crate::kernels::{Simd, Threads};
 use crate::step::TokenId;
 
 pub(crate) use adjust::SamplingState;
 use candidates::Candidates;
 pub use logprobs::{MAX_LOGPROBS, TokenLogprobs};
 pub use params::SamplingParams;
+use row::argmax;
 
 /// Why no token can be chosen from a row of logits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -51,10 +56,54 @@ pub(crate) struct Chosen {
 }
 
 /// Chooses tokens. What it holds between calls is memory to be used again.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Sampler {
+    simd: Simd,
     adjusted: Vec<f32>,
     candidates: Candidates,
+    logprobs: logprobs::Scratch,
+}
+
+/// A sampler for each thread.
+#[derive(Debug)]
+pub(crate) struct Samplers(Vec<Mutex<Sampler>>);
+
+impl Samplers {
+    pub(crate) fn new(num_threads: usize) -> Self {
+        Self((0..num_threads.max(1)).map(|_| Mutex::default()).collect())
+    }
+
+    /// Calls `choose` with a sampler for each of `rows`, which the threads share. What is chosen does not depend
+    /// on which sampler it is.
+    pub(crate) fn each<T: Send>(
+        &self,
+        threads: &Threads,
+        rows: &mut [T],
+        choose: impl Fn(&mut Sampler, usize, &mut T) + Send + Sync,
+    ) {
+        let choose = |index: usize, row: &mut T| {
+            let sampler = &self.0[threads.current()];
+            // A thread that panicked leaves nothing in its sampler that is read again.
+            choose(&mut sampler.lock().unwrap_or_else(PoisonError::into_inner), index, row);
+        };
+        match rows {
+            [row] => choose(0, row),
+            rows => {
+                threads.share_chunks(rows, 1, |index, (): &mut (), row| choose(index, &mut row[0]))
+            }
+        }
+    }
+}
+
+impl Default for Sampler {
+    fn default() -> Self {
+        Self {
+            simd: Simd::detect(),
+            adjusted: Vec::new(),
+            candidates: Candidates::default(),
+            logprobs: logprobs::Scratch::default(),
+        }
+    }
 }
 
 impl Sampler {
@@ -64,36 +113,28 @@ impl Sampler {
         logits: &[f32],
         state: &SamplingState,
     ) -> Result<Chosen, SampleError> {
-        if logits.iter().fold(false, |found, logit| found | logit.is_nan()) {
-            return Err(SampleError::NotANumber);
-        }
         let token = self.choose(logits, state)?;
-        let num_top = state.params().logprobs;
-        let logprobs = num_top.map(|num_top| TokenLogprobs::of(logits, token, num_top));
+        let logprobs = state.params().logprobs.map(|num_top| {
+            TokenLogprobs::of(self.simd, logits, (token, num_top), &mut self.logprobs)
+        });
         Ok(Chosen { token, logprobs })
     }
 
     fn choose(&mut self, logits: &[f32], state: &SamplingState) -> Result<TokenId, SampleError> {
         let params = state.params();
-        let logits = state.adjust(logits, &mut self.adjusted);
-        let best = argmax(logits).ok_or(SampleError::NothingPossible)?;
+        let adjusted = state.adjust(logits, &mut self.adjusted);
+        // What is forbidden may have been NaN.
+        let best = match adjusted {
+            Some(adjusted) => argmax(self.simd, logits).and(argmax(self.simd, adjusted)),
+            None => argmax(self.simd, logits),
+        }?;
+        let best = best.ok_or(SampleError::NothingPossible)?;
         if params.temperature <= 0.0 || params.top_k == 1 {
             return Ok(best);
         }
-        self.candidates.restrict(logits, logits[best as usize], params);
+        let logits = adjusted.unwrap_or(logits);
+        self.candidates.restrict(self.simd, logits, logits[best as usize], params);
         let draw = draw::uniform(params.seed, state.num_generated() as u64);
         Ok(self.candidates.pick(draw).unwrap_or(best))
     }
-}
-
-/// The likeliest token, the lowest id among equals; `None` where no token is possible.
-fn argmax(logits: &[f32]) -> Option<TokenId> {
-    let mut best = f32::NEG_INFINITY;
-    let mut token = None;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > best {
-            (best, token) = (logit, Some(id as TokenId));
-        }
-    }
-    token
 }

@@ -52,6 +52,14 @@ impl Sequence {
         self
     }
 
+    /// Makes room for so many tokens more.
+    pub(crate) fn with_room_for(mut self, num_tokens: usize) -> Self {
+        self.token_ids.reserve(num_tokens);
+        let num_blocks = (self.token_ids.len() + num_tokens) / BLOCK_SIZE;
+        self.block_hashes.reserve(num_blocks.saturating_sub(self.block_hashes.len()));
+        self
+    }
+
     /// Whether it has more tokens than [`crate::ModelConfig::long_context_beyond`].
     pub(crate) fn is_long(&self) -> bool {
         self.long_beyond.is_some_and(|beyond| self.token_ids.len() > beyond)

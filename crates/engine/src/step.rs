@@ -2,6 +2,9 @@
 //!
 //! The engine fills it from the plan, the runner reads it. No tensors, no policy.
 
+use crate::scheduler::Scheduled;
+use crate::sequence::Sequence;
+
 /// A token of the model's vocabulary.
 pub type TokenId = u32;
 
@@ -13,7 +16,7 @@ pub struct BlockId(pub u32);
 pub const BLOCK_SIZE: usize = 16;
 
 /// One sequence's share of a step.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SequenceInput {
     /// Tokens it computes in this step, in [`StepInput::token_ids`] behind those of the sequences before it.
     pub num_scheduled_tokens: usize,
@@ -35,4 +38,31 @@ pub struct StepInput {
     pub token_ids: Vec<TokenId>,
     /// The sequences, in the order of their tokens.
     pub sequences: Vec<SequenceInput>,
+}
+
+impl StepInput {
+    /// Starts anew with what is scheduled of the sequences that run. Memory is used again.
+    pub(crate) fn fill(&mut self, scheduled: &[Scheduled], running: &[Sequence]) {
+        self.token_ids.clear();
+        let mut num_sequences = 0;
+        for scheduled in scheduled {
+            let Some(sequence) = running.iter().find(|seq| seq.id() == scheduled.id) else {
+                continue;
+            };
+            let start = sequence.num_computed_tokens;
+            let tokens = &sequence.token_ids()[start..start + scheduled.num_tokens];
+            self.token_ids.extend_from_slice(tokens);
+            if num_sequences == self.sequences.len() {
+                self.sequences.push(SequenceInput::default());
+            }
+            let input = &mut self.sequences[num_sequences];
+            input.num_scheduled_tokens = scheduled.num_tokens;
+            input.num_computed_tokens = start;
+            input.block_table.clone_from(&sequence.block_table);
+            input.is_long = sequence.is_long();
+            input.wants_logits = scheduled.samples;
+            num_sequences += 1;
+        }
+        self.sequences.truncate(num_sequences);
+    }
 }

@@ -4,6 +4,7 @@
 //! becoming a control token (see [`Tokenizer::neutralise`]). Whole prompts are made in `prompt`, answers are
 //! decoded token by token in `detokenizer`.
 
+mod pieces;
 mod special_tokens;
 
 use std::collections::{BTreeSet, HashSet};
@@ -20,6 +21,8 @@ use crate::Error;
 use crate::model_files::ModelFiles;
 use crate::step::TokenId;
 
+pub(crate) use pieces::Piece;
+use pieces::Pieces;
 pub(crate) use special_tokens::named_tokens;
 
 /// How often a text is searched again for control tokens that appear once others are broken up.
@@ -46,6 +49,8 @@ pub struct Tokenizer {
     anchor: Vec<TokenId>,
     /// Whether decoded text loses blanks before punctuation.
     cleans_up: bool,
+    /// What tokens were found to be.
+    pieces: Pieces,
 }
 
 impl Tokenizer {
@@ -102,6 +107,7 @@ impl Tokenizer {
                 .collect(),
             anchor: Vec::new(),
             cleans_up: false,
+            pieces: Pieces::default(),
             inner,
         };
         tokenizer.anchor = tokenizer.find_anchor();
@@ -176,9 +182,22 @@ impl Tokenizer {
         self.cleans_up
     }
 
-    /// Whether the token stands for a single byte of a character.
-    pub(crate) fn is_byte_fallback(&self, token: TokenId) -> bool {
-        self.byte_fallback.contains(&token)
+    /// Calls `take` with what the token is in the middle of a text.
+    pub(crate) fn with_piece<R>(
+        &self,
+        token: TokenId,
+        take: impl FnOnce(&Piece) -> R,
+    ) -> Result<R, Error> {
+        let make = || {
+            Ok(if self.is_special(token) {
+                Piece::Special
+            } else if self.byte_fallback.contains(&token) {
+                Piece::Byte
+            } else {
+                Piece::Text(self.decode_inside(&[token])?.into())
+            })
+        };
+        self.pieces.with(token, make, take)
     }
 
     /// The text with marks inside everything that would become a control token, so that it no longer does.
@@ -284,7 +303,9 @@ impl Tokenizer {
 pub(crate) fn clean_up(text: &str) -> String {
     const UNWANTED: [&str; 10] =
         [" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"];
-    UNWANTED.iter().fold(text.to_owned(), |text, unwanted| text.replace(unwanted, unwanted.trim()))
+    UNWANTED.iter().fold(text.to_owned(), |text, unwanted| {
+        if text.contains(unwanted) { text.replace(unwanted, unwanted.trim()) } else { text }
+    })
 }
 
 /// Why a folder without `tokenizer.json` can't be used.

@@ -141,26 +141,47 @@ pub(crate) fn rope_row(x: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
+/// The largest of lanes; NaN is passed over.
+#[inline(always)]
+fn max_lanes(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for lane in 0..width {
+            let other = lanes[lane + width];
+            lanes[lane] = if other > lanes[lane] { other } else { lanes[lane] };
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
 /// Replaces scores by `e^(score - max)`, those before `first` by 0, and returns their sum: element `i` goes
 /// to lane `i % 16`, in order, so that 16 zeros more or less in front change nothing.
 #[inline(always)]
 pub(crate) fn softmax_row(scores: &mut [f32], first: usize) -> f32 {
-    let (hidden, seen) = scores.split_at_mut(first);
-    hidden.fill(0.0);
-    let mut max = f32::NEG_INFINITY;
-    let (chunks, rest) = seen.as_chunks::<LANES>();
-    let mut maxima = [max; LANES];
-    for chunk in chunks {
+    scores[..first].fill(f32::NEG_INFINITY);
+    let (chunks, rest) = scores.as_chunks_mut::<LANES>();
+    // Whole vectors only: one by one the last few would take as long as all the others.
+    let mut last = [f32::NEG_INFINITY; LANES];
+    for (last, x) in last.iter_mut().zip(&*rest) {
+        *last = *x;
+    }
+    let mut maxima = last;
+    for chunk in &*chunks {
         for lane in 0..LANES {
             maxima[lane] = if chunk[lane] > maxima[lane] { chunk[lane] } else { maxima[lane] };
         }
     }
-    for x in maxima.iter().chain(rest) {
-        max = if *x > max { *x } else { max };
-    }
-    for score in seen {
+    let max = max_lanes(maxima);
+    for score in chunks.as_flattened_mut() {
         *score = exp(*score - max);
     }
+    for score in &mut last {
+        *score = exp(*score - max);
+    }
+    let num_rest = rest.len();
+    rest.copy_from_slice(&last[..num_rest]);
+    scores[..first].fill(0.0);
     let mut sums = [0.0; LANES];
     let (chunks, rest) = scores.as_chunks::<LANES>();
     for chunk in chunks {

@@ -18,6 +18,25 @@ pub(crate) trait Operand: Copy {
 
     /// One segment of a panel. Segment `s` begins at `k = s * segment_len`.
     fn segment(&self, panel: usize, segment: usize) -> &[Self::Stored];
+
+    /// Called before a panel is read: has fetched what is read soon.
+    #[inline(always)]
+    fn fetch_ahead(&self, _panel: usize) {}
+}
+
+/// Has memory fetched: into the nearest cache, or the one behind it.
+#[inline(always)]
+#[expect(unsafe_code, reason = "a hint to the processor")]
+pub(crate) fn fetch<S, const NEAREST: bool>(data: &[S]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in (0..size_of_val(data)).step_by(64) {
+        use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};
+        let at = data.as_ptr().cast::<i8>().wrapping_add(line);
+        // SAFETY: a prefetch reads nothing, whatever the address.
+        unsafe {
+            if NEAREST { _mm_prefetch::<_MM_HINT_T0>(at) } else { _mm_prefetch::<_MM_HINT_T1>(at) }
+        }
+    }
 }
 
 /// What happens to a sum before it is written.
@@ -53,20 +72,29 @@ impl<'a> Finish<'a> {
         let len = LANES.min(out.width() - column);
         // SAFETY: the caller answers for it.
         let out = unsafe { out.slice_mut(row, column, len) };
+        // A length that the compiler knows spares a call for each vector.
+        match out.first_chunk_mut::<LANES>() {
+            Some(out) => self.put(out, column, &sums.0),
+            None => self.put(out, column, &sums.0[..len]),
+        }
+    }
+
+    #[inline(always)]
+    fn put(self, out: &mut [f32], column: usize, sums: &[f32]) {
         match self {
-            Self::Store => out.copy_from_slice(&sums.0[..len]),
+            Self::Store => out.copy_from_slice(sums),
             Self::Add => {
-                for (out, sum) in out.iter_mut().zip(sums.0) {
+                for (out, sum) in out.iter_mut().zip(sums) {
                     *out += sum;
                 }
             }
             Self::StoreBiased(bias) => {
-                for ((out, sum), bias) in out.iter_mut().zip(sums.0).zip(&bias[column..]) {
+                for ((out, sum), bias) in out.iter_mut().zip(sums).zip(&bias[column..]) {
                     *out = sum + bias;
                 }
             }
             Self::AddBiased(bias) => {
-                for ((out, sum), bias) in out.iter_mut().zip(sums.0).zip(&bias[column..]) {
+                for ((out, sum), bias) in out.iter_mut().zip(sums).zip(&bias[column..]) {
                     *out += sum + bias;
                 }
             }
@@ -163,18 +191,26 @@ impl<W: Operand> Tiled for Product<'_, W> {
     fn tile<V: Vector, const R: usize, const P: usize>(&mut self, row: usize, panel: usize) {
         let mut sums = [[V::zero(); P]; R];
         let mut k = 0;
+        for p in 0..P {
+            self.w.fetch_ahead(panel + p);
+        }
         for s in 0..self.w.num_segments() {
             let len = self.w.segment(panel, s).len();
-            let x: [&[f32]; R] = std::array::from_fn(|r| self.x.slice(row + r, k, len));
-            let w: [&[W::Stored]; P] =
-                std::array::from_fn(|p| &self.w.segment(panel + p, s)[..len]);
+            let mut x: [&[f32]; R] = [&[]; R];
+            for r in 0..R {
+                x[r] = self.x.slice(row + r, k, len);
+            }
+            let mut w: [&[W::Stored]; P] = [&[]; P];
+            for p in 0..P {
+                w[p] = self.w.segment(panel + p, s);
+            }
             accumulate(&mut sums, x, w, len);
             k += len;
         }
-        for (r, sums) in sums.into_iter().enumerate() {
-            for (p, sum) in sums.into_iter().enumerate() {
+        for r in 0..R {
+            for p in 0..P {
                 let mut lanes = Lanes::ZERO;
-                sum.store(&mut lanes);
+                sums[r][p].store(&mut lanes);
                 // SAFETY: the rows and columns of this product are the runner's alone; tiles are disjoint.
                 unsafe { self.finish.write(self.out, row + r, (panel + p) * LANES, &lanes) };
             }
@@ -182,24 +218,37 @@ impl<W: Operand> Tiled for Product<'_, W> {
     }
 }
 
-/// `sums[r][p] += x[r][k] * w[p][k]` for each `k` in order.
+/// `sums[r][p] += x[r][k] * w[p][k]` for each `k < len` in order.
 #[inline(always)]
+#[expect(unsafe_code, reason = "a check of each load takes as long as the load")]
 pub(crate) fn accumulate<V: Vector, S: Stored, const R: usize, const P: usize>(
     sums: &mut [[V; P]; R],
     x: [&[f32]; R],
     w: [&[S]; P],
     len: usize,
 ) {
-    let x: [&[f32]; R] = std::array::from_fn(|r| &x[r][..len]);
-    let w: [&[S]; P] = std::array::from_fn(|p| &w[p][..len]);
+    // Plain loops: what takes closures is not inlined into functions of this size.
+    let mut is_inside = true;
+    let (mut x_at, mut w_at) = ([std::ptr::null(); R], [std::ptr::null(); P]);
+    for r in 0..R {
+        is_inside &= len <= x[r].len();
+        x_at[r] = x[r].as_ptr();
+    }
+    for p in 0..P {
+        is_inside &= len <= w[p].len();
+        w_at[p] = w[p].as_ptr();
+    }
+    assert!(is_inside, "{len} products of less");
     let mut acc = *sums;
     for k in 0..len {
         let mut columns = [V::zero(); P];
         for p in 0..P {
-            columns[p] = w[p][k].load();
+            // SAFETY: `k` is less than the length of each slice (asserted).
+            columns[p] = unsafe { (*w_at[p].add(k)).load() };
         }
         for r in 0..R {
-            let x = x[r][k];
+            // SAFETY: as above.
+            let x = unsafe { *x_at[r].add(k) };
             for p in 0..P {
                 acc[r][p] = acc[r][p].fma(x, columns[p]);
             }

@@ -54,12 +54,16 @@ impl SamplingState {
         }
     }
 
-    /// The logits as bias, penalties and `min_new_tokens` leave them, in `scratch` unless nothing changes.
-    pub(super) fn adjust<'l>(&self, logits: &'l [f32], scratch: &'l mut Vec<f32>) -> &'l [f32] {
+    /// The logits as bias, penalties and `min_new_tokens` leave them, in `scratch`; `None` if nothing changes.
+    pub(super) fn adjust<'l>(
+        &self,
+        logits: &[f32],
+        scratch: &'l mut Vec<f32>,
+    ) -> Option<&'l [f32]> {
         let params = &self.params;
         let is_too_early = self.num_generated < params.min_new_tokens && !self.ends.is_empty();
         if params.logit_bias.is_empty() && self.counts.is_empty() && !is_too_early {
-            return logits;
+            return None;
         }
         scratch.clear();
         scratch.extend_from_slice(logits);
@@ -74,7 +78,7 @@ impl SamplingState {
                 change(scratch, *token, |_| f32::NEG_INFINITY);
             }
         }
-        scratch
+        Some(scratch)
     }
 
     /// The logit of a token that the sequence contains, after `count` times in the answer.

@@ -27,15 +27,12 @@ fn sample(logits: &[f32], params: &SamplingParams, position: usize) -> Result<u3
 /// The probability of each token to be drawn.
 fn distribution(logits: &[f32], state: &SamplingState) -> Vec<f64> {
     let mut sampler = Sampler::default();
-    let logits = state.adjust(logits, &mut sampler.adjusted);
-    let best = logits[argmax(logits).unwrap() as usize];
-    sampler.candidates.restrict(logits, best, state.params());
-    let kept = sampler.candidates.as_slice();
-    let total: f64 = kept.iter().map(|candidate| candidate.weight).sum();
-    let mut probabilities = vec![0.0; logits.len()];
-    for candidate in kept {
-        probabilities[candidate.token as usize] = candidate.weight / total;
-    }
+    let logits = state.adjust(logits, &mut sampler.adjusted).unwrap_or(logits);
+    let best = logits[argmax(sampler.simd, logits).unwrap().unwrap() as usize];
+    sampler.candidates.restrict(sampler.simd, logits, best, state.params());
+    let mut probabilities = sampler.candidates.weights(logits.len());
+    let total: f64 = probabilities.iter().sum();
+    probabilities.iter_mut().for_each(|probability| *probability /= total);
     probabilities
 }
 
