@@ -22,7 +22,7 @@ const PIECE_QUERIES: usize = 32;
 const MIN_SHARED_WRITES: usize = 64;
 
 /// Blocks that keys are fetched ahead of their use.
-const KEYS_AHEAD: usize = 2;
+const KEYS_AHEAD: usize = 4;
 
 /// Heads whose writing is shared out together.
 const SHARED_HEADS: usize = 16;
@@ -385,7 +385,7 @@ impl<S: Cached> Kernel for Attend<'_, S> {
         let out = SharedRows::new(sums, padded_dim, query_stride);
         let mut sum = WeightedSum { blocks, first_block: 0, num_keys, weights, sums: out };
         for_each_tile::<V>(&mut sum, 0..num_queries, panels.clone());
-        for block in num_keys / BLOCK_SIZE..num_blocks {
+        for block in num_keys.div_ceil(BLOCK_SIZE)..num_blocks {
             let start = block * BLOCK_SIZE;
             sum.first_block = block;
             // Tokens from here on see some of the block's keys; those from there on all.

@@ -28,6 +28,8 @@ pub(crate) trait Operand: Copy {
 #[inline(always)]
 #[expect(unsafe_code, reason = "a hint to the processor")]
 pub(crate) fn fetch<S, const NEAREST: bool>(data: &[S]) {
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = data;
     #[cfg(target_arch = "x86_64")]
     for line in (0..size_of_val(data)).step_by(64) {
         use std::arch::x86_64::{_MM_HINT_T0, _MM_HINT_T1, _mm_prefetch};

@@ -185,15 +185,15 @@ impl Weights {
     pub(super) fn pick(&self, draw: f64) -> Option<TokenId> {
         let target = draw * self.total();
         let mut mass = 0.0;
-        let mut last = None;
+        let mut reached = None;
         for (block, sum) in self.sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
-            last = Some(block);
-            if mass + sum > target {
+            reached = Some((block * BLOCK, mass));
+            mass += sum;
+            if mass > target {
                 break;
             }
-            mass += sum;
         }
-        let first = last? * BLOCK;
+        let (first, mut mass) = reached?;
         let mut token = None;
         for (place, weight) in self.weights[first..].iter().take(BLOCK).enumerate() {
             if *weight > 0.0 {
