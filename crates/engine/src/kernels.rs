@@ -52,7 +52,7 @@ impl Cpu {
     pub(crate) fn new(simd: Simd, threads: Threads) -> Self {
         Self {
             #[cfg(target_arch = "x86_64")]
-            tiles: simd.has_tiles().then(|| tiles::Tiles::new(threads.num_threads())),
+            tiles: simd.has_matrix_unit().then(|| tiles::Tiles::new(threads.num_threads())),
             simd,
             threads,
         }
@@ -123,12 +123,12 @@ impl Simd {
     }
 
     /// Whether it has a matrix unit, whose products are rounded in another way.
-    pub(crate) fn has_tiles(self) -> bool {
+    pub fn has_matrix_unit(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        let has_tiles = self.0 == Level::Amx;
+        let has_unit = self.0 == Level::Amx;
         #[cfg(not(target_arch = "x86_64"))]
-        let has_tiles = false;
-        has_tiles
+        let has_unit = false;
+        has_unit
     }
 
     /// Runs a kernel compiled for this instruction set.

@@ -179,7 +179,7 @@ fn what_is_wrong_is_named() {
             serde_json::json!({"architectures": ["GPT2LMHeadModel"]}),
             "GPT2LMHeadModel is not supported",
         ),
-        (serde_json::json!({"hidden_act": "relu"}), "hidden_act"),
+        (serde_json::json!({"hidden_act": "mish"}), "hidden_act"),
         (serde_json::json!({"hidden_size": 63}), "not a multiple"),
         (serde_json::json!({"hidden_size": "64"}), "hidden_size is \"64\""),
         (serde_json::json!({"model_type": "gemma2"}), "model_type is gemma2"),

@@ -211,7 +211,7 @@ mod tests {
     fn error_bound(simd: Simd, k: usize, parts: &[(Format, usize)]) -> f64 {
         let has = |is: fn(&Format) -> bool| parts.iter().any(|(format, _)| is(format));
         // The left-hand side counts to 2^-17 on tiles, a decoded weight to 2^-9.
-        let rounding = match simd.has_tiles() {
+        let rounding = match simd.has_matrix_unit() {
             true if has(|format| matches!(format, Format::Block(_))) => f64::powi(2.0, -9),
             true if has(|format| *format == Format::Bf16) => f64::powi(2.0, -17),
             _ => 0.0,
@@ -237,7 +237,7 @@ mod tests {
             }
         }
         // Everything is the same to the bit, but for what a matrix unit rounds in its own way.
-        for chunk in results.chunk_by(|(a, _), (b, _)| a.has_tiles() == b.has_tiles()) {
+        for chunk in results.chunk_by(|(a, _), (b, _)| a.has_matrix_unit() == b.has_matrix_unit()) {
             let (simd, first) = &chunk[0];
             for (other, result) in &chunk[1..] {
                 let same = result.iter().zip(first).all(|(a, b)| a.to_bits() == b.to_bits());

@@ -104,7 +104,7 @@ pub(crate) fn packed_bytes(
     in_features: usize,
 ) -> usize {
     #[cfg(target_arch = "x86_64")]
-    if simd.has_tiles() && format == Format::Bf16 {
+    if simd.has_matrix_unit() && format == Format::Bf16 {
         return num_tile_lines(out_features, in_features) * size_of::<Line>();
     }
     let panel_bytes = match format {
@@ -147,7 +147,7 @@ impl PackedRows {
                 lanes.0[lane] = u16::from_le_bytes(bytes);
             })?),
             #[cfg(target_arch = "x86_64")]
-            Format::Bf16 if cpu.simd.has_tiles() => Panels::Tiles(rows.pack_tiles()?),
+            Format::Bf16 if cpu.simd.has_matrix_unit() => Panels::Tiles(rows.pack_tiles()?),
             Format::Bf16 => Panels::Bf16(rows.pack(|lanes: &mut Bf16Lanes, lane, bytes| {
                 lanes.0[lane] = u16::from_le_bytes(bytes);
             })?),

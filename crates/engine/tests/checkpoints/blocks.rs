@@ -7,7 +7,7 @@ use crate::driver::{Sequence, argmax, generate, run};
 use crate::synthetic::Random;
 use flotilla_engine::quant::BlockFormat;
 use flotilla_engine::step::TokenId;
-use flotilla_engine::{Precision, Runner, RunnerOptions};
+use flotilla_engine::{InstructionSet, Precision, Runner, RunnerOptions};
 use safetensors::tensor::{Dtype, TensorView, serialize_to_file};
 use serde_json::json;
 
@@ -217,9 +217,17 @@ fn settings(has_experts: bool) -> Vec<Vec<u8>> {
 }
 
 /// Logits of a prompt, and greedy tokens behind it.
-fn outputs(model: &Path, precision: Option<Precision>) -> (Vec<f32>, Vec<TokenId>) {
-    let options =
-        RunnerOptions { max_num_batched_tokens: 64, precision, ..RunnerOptions::default() };
+fn outputs(
+    model: &Path,
+    precision: Option<Precision>,
+    instruction_set: InstructionSet,
+) -> (Vec<f32>, Vec<TokenId>) {
+    let options = RunnerOptions {
+        max_num_batched_tokens: 64,
+        precision,
+        instruction_set: Some(instruction_set),
+        ..RunnerOptions::default()
+    };
     let mut runner = Runner::load(model, &options).unwrap();
     runner.allocate_kv_cache(8).unwrap();
     let prompt = (3..40).collect();
@@ -240,12 +248,24 @@ fn compare(name: &str, has_experts: bool, format: impl Fn(usize) -> usize) {
         both.add(spec, (!is_plain).then(|| format(number)), &mut random);
     }
     both.write(&file, folder.path(), has_experts);
-    let (want, want_tokens) = outputs(folder.path(), None);
+    // What a matrix unit decodes is rounded to bfloat16.
+    let (matrix_units, vector_units): (Vec<_>, Vec<_>) =
+        InstructionSet::available().into_iter().partition(|set| set.has_matrix_unit());
+    let vector_unit = vector_units[0];
+    let (want, want_tokens) = outputs(folder.path(), None, vector_unit);
     let scale = want.iter().fold(0.0f32, |max, x| max.max(x.abs()));
     assert!(scale > 0.1 && scale.is_finite(), "{name}: logits of up to {scale}");
     for precision in [None, Some(Precision::Fp32)] {
-        let (logits, tokens) = outputs(&file, precision);
-        let apart = want.iter().zip(&logits).fold(0.0f32, |max, (a, b)| max.max((a - b).abs()));
+        let apart_of = |logits: &[f32]| {
+            want.iter().zip(logits).fold(0.0f32, |max, (a, b)| max.max((a - b).abs()))
+        };
+        for matrix_unit in &matrix_units {
+            let apart = apart_of(&outputs(&file, precision, *matrix_unit).0);
+            let bound = if precision.is_none() { 2e-2 } else { 1e-5 };
+            assert!(apart <= bound * scale, "{name}, {precision:?}, {matrix_unit}: {apart} apart");
+        }
+        let (logits, tokens) = outputs(&file, precision, vector_unit);
+        let apart = apart_of(&logits);
         assert!(apart <= 1e-5 * scale, "{name}, {precision:?}: logits {apart} apart, of {scale}");
         assert_eq!(tokens, want_tokens, "{name}, {precision:?}");
     }
