@@ -403,10 +403,7 @@ impl<S: Cached> Kernel for Attend<'_, S> {
             let column = (self.head * group + row % group) * dim;
             // SAFETY: these tokens and heads are this piece's alone.
             let out = unsafe { self.out.slice_mut(first_token + row / group, column, dim) };
-            let scale = 1.0 / total;
-            for (out, sum) in out.iter_mut().zip(sum) {
-                *out = *sum * scale;
-            }
+            out.iter_mut().zip(sum).for_each(|(out, sum)| *out = *sum * (1.0 / total));
         }
     }
 }
@@ -442,6 +439,7 @@ struct WeightedSum<'a, S> {
 impl<S: Cached> Tiled for WeightedSum<'_, S> {
     #[inline(always)]
     #[expect(unsafe_code, reason = "rows of scratch are read and written through one view")]
+    #[expect(clippy::needless_range_loop, reason = "closures are not inlined into large functions")]
     fn tile<V: Vector, const R: usize, const P: usize>(&mut self, row: usize, panel: usize) {
         let Self { blocks: Blocks { cache, head, table }, first_block, num_keys, .. } = *self;
         let mut sums = [[V::zero(); P]; R];

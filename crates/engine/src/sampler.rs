@@ -89,7 +89,7 @@ impl Samplers {
         match rows {
             [row] => choose(0, row),
             rows => {
-                threads.share_chunks(rows, 1, |index, (): &mut (), row| choose(index, &mut row[0]))
+                threads.share_chunks(rows, 1, |index, (): &mut (), row| choose(index, &mut row[0]));
             }
         }
     }

@@ -190,6 +190,7 @@ impl<W: Operand> Kernel for Product<'_, W> {
 impl<W: Operand> Tiled for Product<'_, W> {
     #[inline(always)]
     #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
+    #[expect(clippy::needless_range_loop, reason = "closures are not inlined into large functions")]
     fn tile<V: Vector, const R: usize, const P: usize>(&mut self, row: usize, panel: usize) {
         let mut sums = [[V::zero(); P]; R];
         let mut k = 0;

@@ -362,6 +362,7 @@ struct Shape {
 }
 
 /// What is multiplied.
+#[derive(Clone, Copy)]
 struct Operands<'a> {
     /// Tiles of the first 16 rows and of the next.
     left: [&'a [Line]; 2],
