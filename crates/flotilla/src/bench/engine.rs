@@ -5,7 +5,7 @@
 //! is left out, so this is less than it takes.
 
 use anyhow::{Context as _, ensure};
-use engine::{EngineConfig, Footprint, MachineLimits};
+use engine::{EngineConfig, Footprint, InstructionSet, MachineLimits};
 use serde::Serialize;
 
 use self::job::{Job, Measured, Step};
@@ -39,6 +39,7 @@ struct Report {
     /// As they are stored if not given.
     precision: Option<&'static str>,
     kv_cache_dtype: &'static str,
+    instruction_set: &'static str,
     input_len: u32,
     output_len: u32,
     threads: usize,
@@ -107,6 +108,7 @@ impl Report {
             weight_bytes: footprint.weight_bytes(options.precision),
             precision: options.precision.map(engine::Precision::name),
             kv_cache_dtype: options.kv_cache_dtype.name(),
+            instruction_set: options.instruction_set.unwrap_or_else(InstructionSet::detect).name(),
             input_len: options.input_len,
             output_len: options.output_len,
             threads,
@@ -123,7 +125,7 @@ impl Report {
     fn table(&self) -> String {
         let mut text = format!(
             "{}: {:.0} M parameters, weights {:.0} MiB ({}), KV cache in {}; prompts of {} tokens, \
-             answers of {}; {} threads\nat most here: memory read at {:.1} GB/s, {:.0} GFLOP/s in \
+             answers of {}; {} threads, {}\nat most here: memory read at {:.1} GB/s, {:.0} GFLOP/s in \
              linear layers ({} weights)\n\n",
             self.model,
             self.parameters as f64 / 1e6,
@@ -133,6 +135,7 @@ impl Report {
             self.input_len,
             self.output_len,
             self.threads,
+            self.instruction_set,
             self.limits.read_bytes_per_second / 1e9,
             self.limits.operations_per_second / 1e9,
             self.limits.operations_format,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use engine::{EngineConfig, KvCacheDtype, Precision};
+use engine::{EngineConfig, InstructionSet, KvCacheDtype, Precision};
 
 use super::{ModelPath, named};
 
@@ -94,6 +94,9 @@ pub(crate) struct EngineBench {
     /// How the KV cache keeps keys and values.
     #[arg(long, value_name = "NAME", default_value_t = EngineConfig::default().kv_cache_dtype, value_parser = named(&KvCacheDtype::ALL, KvCacheDtype::name))]
     pub(crate) kv_cache_dtype: KvCacheDtype,
+    /// What computes: amx, avx512, avx2 or portable, as far as the machine has it [default: the best].
+    #[arg(long, value_name = "NAME")]
+    pub(crate) instruction_set: Option<InstructionSet>,
     /// Threads [default: the cores].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) threads: Option<u32>,

@@ -99,6 +99,7 @@ fn engine_config(options: &EngineBench, batch: u32) -> anyhow::Result<EngineConf
         threads: options.threads.map_or(defaults.threads, |threads| threads as usize),
         precision: options.precision,
         kv_cache_dtype: options.kv_cache_dtype,
+        instruction_set: options.instruction_set,
         ..defaults
     })
 }
@@ -200,6 +201,7 @@ pub(super) fn measure_in_process(
     option("--batch", Some(batch.to_string()));
     option("--precision", options.precision.map(|precision| precision.to_string()));
     option("--kv-cache-dtype", Some(options.kv_cache_dtype.to_string()));
+    option("--instruction-set", options.instruction_set.map(|set| set.to_string()));
     option("--threads", options.threads.map(|threads| threads.to_string()));
     option("--max-num-seqs", options.max_num_seqs.map(|seqs| seqs.to_string()));
     option("--max-num-batched-tokens", Some(options.max_num_batched_tokens.to_string()));
