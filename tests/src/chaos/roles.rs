@@ -138,6 +138,21 @@ impl Fleet {
         fleet
     }
 
+    /// Freezes all workers.
+    pub(super) fn stop_workers(&self) {
+        self.workers().for_each(Process::stop);
+    }
+
+    /// Lets them go on.
+    pub(super) fn continue_workers(&self) {
+        self.workers().for_each(Process::cont);
+    }
+
+    fn workers(&self) -> impl Iterator<Item = &Process> {
+        let workers = self.members.iter().filter(|member| member.role == Role::Worker);
+        workers.map(|member| &member.process)
+    }
+
     /// Runs a command of the program to its end, which must be a good one; what it said.
     pub(super) fn run(&mut self, args: &str) -> Result<String, String> {
         let member = self.spawn(Role::Producer, 2, args);

@@ -178,8 +178,9 @@ async fn thousands_of_lines_are_counted_when_the_output_is_opened_again() {
     let outcomes: Vec<Settled> = (0..5_000)
         .map(|n| if n % 10 == 0 { failed(&n.to_string()) } else { answered(&n.to_string()) })
         .collect();
-    let outcomes: Vec<&Settled> = outcomes.iter().collect();
-    collector.write(&outcomes).await.unwrap();
+    for batch in outcomes.chunks(128) {
+        collector.write(&batch.iter().collect::<Vec<_>>()).await.unwrap();
+    }
     drop(collector);
     let collector = open(&path).await.unwrap();
     assert_eq!((collector.num_lines(), collector.num_failed()), (5_000, 500));
