@@ -1,7 +1,6 @@
 //! The parts of a step, at the shapes of a model of 0.5 billion parameters (24 layers, 896 wide).
 //!
 //! `cargo bench -p flotilla-engine --bench parts [-- <part of a name>]`, on an idle machine.
-#![expect(missing_docs, reason = "made by a macro")]
 
 use std::hint::black_box;
 use std::time::Duration;

@@ -370,7 +370,9 @@ mod tests {
         manager.truncate(4);
         assert_eq!((manager.num_blocks(), manager.num_free_blocks()), (4, 1));
         assert_eq!(manager.find_prefix(second.block_hashes()), ids([3]));
-        check(&manager, &[Sequence { block_table: table.clone(), ..first }]);
+        let mut holder = first;
+        holder.block_table.clone_from(&table);
+        check(&manager, &[holder]);
         assert!(!manager.grow(&mut table, 80) && manager.grow(&mut table, 64));
         assert_eq!(table, ids([0, 1, 2, 3]));
     }

@@ -141,8 +141,9 @@ impl Kernel for Sum<'_> {
     }
 }
 
-const _: () =
-    assert!(PIECE_BYTES.is_multiple_of(size_of::<[Lanes; 8]>()) && PRODUCT[1] % LANES == 0);
+const _: () = assert!(
+    PIECE_BYTES.is_multiple_of(size_of::<[Lanes; 8]>()) && PRODUCT[1].is_multiple_of(LANES)
+);
 
 #[cfg(test)]
 mod tests {
