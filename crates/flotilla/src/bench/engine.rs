@@ -93,7 +93,7 @@ struct Row {
 
 impl Report {
     fn measure(options: &EngineBench) -> anyhow::Result<Self> {
-        let model_path = job::find_model(&options.model_path)?;
+        let model_path = job::find_model(options)?;
         let footprint = Footprint::open(&model_path)?;
         let threads = options.threads.map_or(EngineConfig::default().threads, |n| n as usize);
         let machine = MachineLimits::measure(threads)?;

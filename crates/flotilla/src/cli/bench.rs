@@ -79,6 +79,9 @@ pub(crate) struct QueueBench {
 pub(crate) struct EngineBench {
     #[command(flatten)]
     pub(crate) model_path: ModelPath,
+    /// The same as --model-path.
+    #[arg(long, value_name = "MODEL", hide = true, conflicts_with = "model_path")]
+    pub(crate) model: Option<String>,
     /// Tokens of each prompt.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) input_len: u32,

@@ -20,7 +20,7 @@ pub(crate) struct ModelPath {
     /// A model of the Hub is fetched into the cache that Python's libraries use too. HF_HOME,
     /// HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are heeded. Where no answers are
     /// computed, only the tokenizer is wanted: it counts the tokens for --max-tokens.
-    #[arg(long, alias = "model", env = "FLOTILLA_MODEL_PATH", value_name = "MODEL")]
+    #[arg(long, env = "FLOTILLA_MODEL_PATH", value_name = "MODEL")]
     pub(crate) model_path: Option<String>,
     #[command(flatten)]
     pub(crate) hub: HubOptions,

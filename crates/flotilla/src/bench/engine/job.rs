@@ -92,7 +92,7 @@ pub(super) fn measure(options: &EngineBench) -> anyhow::Result<Measured> {
 fn engine_config(options: &EngineBench, batch: u32) -> anyhow::Result<EngineConfig> {
     let defaults = EngineConfig::default();
     Ok(EngineConfig {
-        model_path: find_model(&options.model_path)?,
+        model_path: find_model(options)?,
         max_num_seqs: options.max_num_seqs.unwrap_or(batch) as usize,
         max_num_batched_tokens: options.max_num_batched_tokens,
         kv_cache_memory_bytes: options.kv_cache_memory.map(|mib| mib << 20),
@@ -105,8 +105,9 @@ fn engine_config(options: &EngineBench, batch: u32) -> anyhow::Result<EngineConf
 }
 
 /// The model on this machine.
-pub(super) fn find_model(model_path: &ModelPath) -> anyhow::Result<std::path::PathBuf> {
-    model_path.find(Need::Model)
+pub(super) fn find_model(options: &EngineBench) -> anyhow::Result<std::path::PathBuf> {
+    let model_path = options.model.clone().or_else(|| options.model_path.model_path.clone());
+    ModelPath { model_path, ..options.model_path.clone() }.find(Need::Model)
 }
 
 /// Random prompts, always the same ones for a seed, and none like another.
