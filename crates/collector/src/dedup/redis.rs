@@ -37,11 +37,12 @@ local function stands(at, lines)
     return claimed == mine and redis.call('GET', off) == at and redis.call('SCARD', ids) == tonumber(lines)
 end
 ";
-/// Claims grow with the server's clock, so that a claim that a rollback took away is not given twice.
+/// Claims grow with the server's clock, so that a claim that a rollback took away is not given twice: in
+/// microseconds, since two of them may come within a millisecond.
 const CLAIM: &str = r"
 local ids, off, epoch, by = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local now = redis.call('TIME')
-local next = math.max(tonumber(redis.call('GET', epoch) or '0') + 1, now[1] * 1000 + math.floor(now[2] / 1000))
+local next = math.max(tonumber(redis.call('GET', epoch) or '0') + 1, now[1] * 1000000 + now[2])
 next = string.format('%.0f', next)
 redis.call('SET', epoch, next)
 redis.call('SET', by, ARGV[1])
