@@ -135,9 +135,13 @@ impl Simd {
     #[expect(unsafe_code, reason = "calls into functions compiled for more than the baseline")]
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self.0 {
-            // SAFETY: `available` makes these levels only where avx512f, avx2, fma and f16c were detected.
+            // SAFETY: `available` makes this level only where `tiles::is_available` has seen these, and avx2, fma
+            // and f16c were detected.
             #[cfg(target_arch = "x86_64")]
-            Level::Amx | Level::Avx512 => unsafe { run_avx512(kernel) },
+            Level::Amx => unsafe { run_amx(kernel) },
+            // SAFETY: `available` makes this level only where avx512f, avx2, fma and f16c were detected.
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => unsafe { run_avx512(kernel) },
             // SAFETY: `available` makes this level only where avx2, fma and f16c were detected.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { run_avx2(kernel) },
@@ -159,6 +163,12 @@ impl Display for Simd {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         f.write_str(self.name())
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c")]
+fn run_amx<K: Kernel>(kernel: K) {
+    kernel.run::<lanes::Avx512>();
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -89,7 +89,7 @@ impl BlockPanels {
         let mut decoded = [Lanes::ZERO; STRETCH];
         for (index, out) in out.chunks_mut(STRETCH).enumerate() {
             let start = index * STRETCH;
-            self.decode::<V>(panel, start..start + out.len(), &mut decoded);
+            self.decode::<V, _>(panel, start..start + out.len(), decoded.as_chunks_mut::<2>().0);
             for (out, decoded) in out.iter_mut().zip(&decoded) {
                 *out = decoded.0[lane];
             }
@@ -98,15 +98,20 @@ impl BlockPanels {
 
     /// Decodes inputs `range` (whole groups) of a panel.
     #[inline(always)]
-    pub(super) fn decode<V: Vector>(&self, panel: usize, range: Range<usize>, out: &mut [Lanes]) {
+    pub(super) fn decode<V: Vector, P: InputPair>(
+        &self,
+        panel: usize,
+        range: Range<usize>,
+        out: &mut [P],
+    ) {
         let lines = &self.lines[panel * self.lines_per_panel..][..self.lines_per_panel];
         match self.format.bits() {
-            2 => decode_panel::<V, 2>(self.format, lines, range, out),
-            3 => decode_panel::<V, 3>(self.format, lines, range, out),
-            4 => decode_panel::<V, 4>(self.format, lines, range, out),
-            5 => decode_panel::<V, 5>(self.format, lines, range, out),
-            6 => decode_panel::<V, 6>(self.format, lines, range, out),
-            _ => decode_panel::<V, 8>(self.format, lines, range, out),
+            2 => decode_panel::<V, P, 2>(self.format, lines, range, out),
+            3 => decode_panel::<V, P, 3>(self.format, lines, range, out),
+            4 => decode_panel::<V, P, 4>(self.format, lines, range, out),
+            5 => decode_panel::<V, P, 5>(self.format, lines, range, out),
+            6 => decode_panel::<V, P, 6>(self.format, lines, range, out),
+            _ => decode_panel::<V, P, 8>(self.format, lines, range, out),
         }
     }
 }
@@ -170,17 +175,31 @@ fn halves(lines: &[U8Lanes]) -> F16Lanes {
     }))
 }
 
+/// Two inputs of 16 outputs, decoded.
+pub(super) trait InputPair: Copy {
+    /// Writes them.
+    fn store<V: Vector>(&mut self, first: V, second: V);
+}
+
+impl InputPair for [Lanes; 2] {
+    #[inline(always)]
+    fn store<V: Vector>(&mut self, first: V, second: V) {
+        first.store(&mut self[0]);
+        second.store(&mut self[1]);
+    }
+}
+
 #[inline(always)]
-fn decode_panel<V: Vector, const BITS: usize>(
+fn decode_panel<V: Vector, P: InputPair, const BITS: usize>(
     format: BlockFormat,
     lines: &[U8Lanes],
     range: Range<usize>,
-    out: &mut [Lanes],
+    out: &mut [P],
 ) {
     let layout = PanelLayout::new(format);
     let (block_len, group_len) = (format.block_len(), format.group_len());
     let groups = range.start / group_len..range.end / group_len;
-    for (index, out) in groups.zip(out.chunks_exact_mut(group_len)) {
+    for (index, out) in groups.zip(out.chunks_exact_mut(group_len / 2)) {
         let (block, k) = (index * group_len / block_len, index * group_len % block_len);
         let lines = &lines[block * layout.lines..][..layout.lines];
         let group = k / group_len;
@@ -198,10 +217,12 @@ fn decode_panel<V: Vector, const BITS: usize>(
             }
         }
         let units = lines[layout.quants + k / UNIT * BITS..].chunks_exact(BITS);
-        for (unit, out) in units.zip(out.as_chunks_mut::<UNIT>().0) {
+        for (unit, out) in units.zip(out.as_chunks_mut::<{ UNIT / 2 }>().0) {
             let unit: &[U8Lanes; BITS] = unit.as_array().expect("chunks of this length");
-            for (k, out) in out.iter_mut().enumerate() {
-                quants(unit, k).load::<V>().mul(scale).sub(offset).store(out);
+            for (pair, out) in out.iter_mut().enumerate() {
+                let first = quants(unit, 2 * pair).load::<V>().mul(scale).sub(offset);
+                let second = quants(unit, 2 * pair + 1).load::<V>().mul(scale).sub(offset);
+                out.store(first, second);
             }
         }
     }
@@ -258,7 +279,8 @@ impl Kernel for BlockProduct<'_> {
         for start in (0..in_features).step_by(STRETCH) {
             let len = STRETCH.min(in_features - start);
             for (panel, decoded) in panels.clone().zip(&mut decoded) {
-                w.decode::<V>(panel, start..start + len, &mut decoded[..len]);
+                let decoded = decoded[..len].as_chunks_mut::<2>().0;
+                w.decode::<V, _>(panel, start..start + len, decoded);
             }
             let mut stretch = Stretch {
                 x,

@@ -29,6 +29,11 @@ pub(crate) struct F16Lanes(pub(crate) [u16; LANES]);
 #[repr(C, align(32))]
 pub(crate) struct Bf16Lanes(pub(crate) [u16; LANES]);
 
+/// Sixteen pairs of bfloat16 in memory, one cache line.
+#[derive(Clone, Copy, Debug)]
+#[repr(C, align(64))]
+pub(crate) struct Bf16Pairs(pub(crate) [u16; 2 * LANES]);
+
 /// Sixteen whole numbers of a byte in memory.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(16))]
@@ -47,7 +52,7 @@ macro_rules! plain {
     )*};
 }
 
-plain!(Lanes, F16Lanes, Bf16Lanes, I8Lanes, U8Lanes);
+plain!(Lanes, F16Lanes, Bf16Lanes, Bf16Pairs, I8Lanes, U8Lanes);
 
 /// Memory that a [`Vector`] can be loaded from.
 pub(crate) trait Stored: super::memory::Plain {
@@ -118,6 +123,8 @@ pub(crate) trait Vector: Copy {
     fn sub(self, minus: Self) -> Self;
     /// Writes 16 numbers.
     fn store(self, to: &mut Lanes);
+    /// Writes 16 numbers of each, rounded to bfloat16 and side by side. Only on a machine with a matrix unit.
+    fn store_bf16_pairs(first: Self, second: Self, to: &mut Bf16Pairs);
 }
 
 impl Vector for Lanes {
@@ -181,6 +188,15 @@ impl Vector for Lanes {
     #[inline(always)]
     fn store(self, to: &mut Lanes) {
         *to = self;
+    }
+
+    #[inline(always)]
+    fn store_bf16_pairs(first: Self, second: Self, to: &mut Bf16Pairs) {
+        for ((to, first), second) in
+            to.0.as_chunks_mut::<2>().0.iter_mut().zip(first.0).zip(second.0)
+        {
+            *to = [first, second].map(|x| half::bf16::from_f32(x).to_bits());
+        }
     }
 }
 

@@ -10,16 +10,14 @@
 use std::arch::asm;
 use std::arch::x86_64::{
     __cpuid_count, __m512i, _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cvtepu16_epi32,
-    _mm512_cvtne2ps_pbh, _mm512_extracti64x4_epi64, _mm512_load_ps, _mm512_loadu_ps,
-    _mm512_loadu_si512, _mm512_permutexvar_epi16, _mm512_slli_epi32, _mm512_store_si512,
-    _mm512_sub_ps, _xgetbv,
+    _mm512_cvtne2ps_pbh, _mm512_extracti64x4_epi64, _mm512_loadu_ps, _mm512_slli_epi32,
+    _mm512_store_si512, _mm512_sub_ps, _xgetbv,
 };
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
-use super::blocks::BlockPanels;
-use super::memory::Plain;
-use super::{Cpu, Finish, Kernel, LANES, Lanes, Rows, SharedRows, Threads, Vector};
+use super::blocks::{BlockPanels, InputPair};
+use super::{Cpu, Finish, Kernel, LANES, Lanes, Rows, SharedRows, Vector};
 
 /// Inputs of a tile.
 pub(super) const TILE_INPUTS: usize = 32;
@@ -48,13 +46,14 @@ const LARGE_PIECES_PER_THREAD: usize = 2;
 const STRETCH: usize = 8;
 
 /// A line of a tile: of the left-hand side 32 inputs of a row, of the right-hand side 2 inputs of 16 outputs.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-pub(super) struct Line(pub(super) [u16; TILE_INPUTS]);
+pub(super) use super::lanes::Bf16Pairs as Line;
 
-#[expect(unsafe_code, reason = "any bits are numbers")]
-// SAFETY: whole numbers, aligned to a cache line.
-unsafe impl Plain for Line {}
+impl InputPair for Line {
+    #[inline(always)]
+    fn store<V: Vector>(&mut self, first: V, second: V) {
+        V::store_bf16_pairs(first, second, self);
+    }
+}
 
 /// Whether this machine has the unit, and the system lets this process use it.
 pub(super) fn is_available() -> bool {
@@ -130,23 +129,19 @@ struct Scratch {
 
 impl Left {
     /// Cuts the numbers of `x` in two.
-    fn fill(&mut self, threads: &Threads, (x, num_rows): (Rows<'_>, usize), in_features: usize) {
+    fn fill(&mut self, cpu: &Cpu, (x, num_rows): (Rows<'_>, usize), in_features: usize) {
         self.k_tiles = in_features.div_ceil(TILE_INPUTS);
         let tile_row_lines = self.k_tiles * PAIR_LINES;
         let num_lines = num_rows.div_ceil(LANES) * tile_row_lines;
         if self.lines.len() < num_lines {
             self.lines.resize(num_lines, Line([0; TILE_INPUTS]));
         }
-        threads.share_chunks(
-            &mut self.lines[..num_lines],
-            tile_row_lines,
-            |tile, (): &mut (), lines| {
-                for row in 0..LANES.min(num_rows - tile * LANES) {
-                    let numbers = x.slice(tile * LANES + row, 0, in_features);
-                    cut_row(numbers, row, lines);
-                }
-            },
-        );
+        let lines = &mut self.lines[..num_lines];
+        cpu.threads.share_chunks(lines, tile_row_lines, |tile, (): &mut (), tiles| {
+            let first = tile * LANES;
+            let rows = first..num_rows.min(first + LANES);
+            cpu.simd.run(Cut { x, rows, in_features, tiles });
+        });
     }
 
     /// The tiles from some inputs on, of the 16 rows from `row` on.
@@ -155,7 +150,24 @@ impl Left {
     }
 }
 
-/// Cuts a row of numbers into a row of tiles.
+/// Cuts up to 16 rows of numbers into a row of tiles.
+struct Cut<'a> {
+    x: Rows<'a>,
+    rows: Range<usize>,
+    in_features: usize,
+    tiles: &'a mut [Line],
+}
+
+impl Kernel for Cut<'_> {
+    #[inline(always)]
+    fn run<V: Vector>(self) {
+        for (index, row) in self.rows.enumerate() {
+            cut_row(self.x.slice(row, 0, self.in_features), index, self.tiles);
+        }
+    }
+}
+
+#[inline(always)]
 fn cut_row(numbers: &[f32], row: usize, tiles: &mut [Line]) {
     let (chunks, rest) = numbers.as_chunks::<TILE_INPUTS>();
     let (full, last) = tiles.as_chunks_mut::<PAIR_LINES>().0.split_at_mut(chunks.len());
@@ -169,6 +181,7 @@ fn cut_row(numbers: &[f32], row: usize, tiles: &mut [Line]) {
     }
 }
 
+#[inline(always)]
 #[expect(unsafe_code, reason = "vector instructions")]
 fn cut(numbers: &[f32; TILE_INPUTS], row: usize, tile: &mut [Line; PAIR_LINES]) {
     // SAFETY: there are tiles only where `is_available` has seen these instructions; 32 numbers are
@@ -214,7 +227,7 @@ pub(super) fn matmul(
     (out, finish): (SharedRows<'_>, Finish<'_>),
 ) {
     let mut left = lock(&tiles.left);
-    left.fill(&cpu.threads, (x, num_rows), in_features);
+    left.fill(cpu, (x, num_rows), in_features);
     let left = &*left;
     let num_pairs = out.width().div_ceil(PAIR_OUTPUTS);
     // Pieces with the same weights stand side by side: the weights are still in a cache.
@@ -312,7 +325,10 @@ impl Piece<'_> {
                             },
                         ],
                         right,
-                        streamed: row_pair == 0 && matches!(weights, Weights::Tiles(_)),
+                        ahead: match weights {
+                            Weights::Tiles(_) => ahead(row_pair, len),
+                            Weights::Blocks(_) => None,
+                        },
                         is_first: first == 0,
                     };
                     let sums = &mut sums[(row_pair * pairs.len() + index) * SUMS..][..SUMS];
@@ -345,6 +361,17 @@ impl Piece<'_> {
     }
 }
 
+/// How far ahead weights are asked for: while the first rows read them, what comes right behind; while the second
+/// do, the next stretch.
+#[inline(always)]
+fn ahead(row_pair: usize, len: usize) -> Option<usize> {
+    match row_pair {
+        0 => Some(PAIR_LINES * LINE_BYTES),
+        1 => Some(len * PAIR_LINES * LINE_BYTES),
+        _ => None,
+    }
+}
+
 fn ensure<T: Copy>(memory: &mut Vec<T>, len: usize, value: T) {
     if memory.len() < len {
         memory.resize(len, value);
@@ -368,8 +395,8 @@ struct Operands<'a> {
     left: [&'a [Line]; 2],
     /// Tiles of a pair of panels.
     right: &'a [Line],
-    /// Whether the right-hand side comes from far: what follows is asked for ahead.
-    streamed: bool,
+    /// Bytes ahead of the right-hand side that are asked for meanwhile, where it comes from far.
+    ahead: Option<usize>,
     /// Whether there are no sums yet.
     is_first: bool,
 }
@@ -377,7 +404,7 @@ struct Operands<'a> {
 /// Bytes from a line to the next.
 const LINE_BYTES: usize = size_of::<Line>();
 
-/// Asks for sixteen lines of the right-hand side, 2 KiB and some bytes ahead of where it is.
+/// Asks for sixteen lines of the right-hand side, `ahead` and some bytes ahead of where it is.
 macro_rules! ask_ahead {
     ($from:literal) => {
         concat!(
@@ -386,13 +413,13 @@ macro_rules! ask_ahead {
         )
     };
     ($from:literal, $($line:literal),*) => {
-        concat!($("prefetcht0 [{right} + 2048 + ", $from, " + ", $line, "]\n"),*)
+        concat!($("prefetcht0 [{right} + {ahead} + ", $from, " + ", $line, "]\n"),*)
     };
 }
 
 /// A function that adds the products of `len` pairs of tiles: 16 rows times two panels.
 macro_rules! define_multiply_16 {
-    ($name:ident, $ahead_0:expr, $ahead_1:expr) => {
+    ($name:ident, $ahead_0:expr, $ahead_1:expr, $($ahead:ident)?) => {
         /// # Safety
         /// The shape must be configured, and the memory be there: `len` times 32 lines of each operand, four
         /// tiles of sums.
@@ -403,6 +430,7 @@ macro_rules! define_multiply_16 {
             len: usize,
             sums: *mut Lanes,
             is_first: bool,
+            $($ahead: usize,)?
         ) {
             // SAFETY: the caller answers for it. The compiler uses no tiles, so they keep what they hold.
             unsafe {
@@ -433,7 +461,7 @@ macro_rules! define_multiply_16 {
                     "jnz 2b",
                     left = inout(reg) left => _, right = inout(reg) right => _,
                     len = inout(reg) len => _, line = in(reg) LINE_BYTES,
-                    options(nostack, readonly)
+                    $($ahead = in(reg) $ahead,)? options(nostack, readonly)
                 );
                 asm!(
                     "tilestored [{sums} + {line}], tmm0",
@@ -447,7 +475,7 @@ macro_rules! define_multiply_16 {
 
 /// The same for 17 to 32 rows.
 macro_rules! define_multiply_32 {
-    ($name:ident, $ahead_0:expr, $ahead_1:expr) => {
+    ($name:ident, $ahead_0:expr, $ahead_1:expr, $($ahead:ident)?) => {
         /// # Safety
         /// The shape must be configured, and the memory be there: `len` times 32 lines of each operand, four
         /// tiles of sums.
@@ -458,6 +486,7 @@ macro_rules! define_multiply_32 {
             len: usize,
             sums: *mut Lanes,
             is_first: bool,
+            $($ahead: usize,)?
         ) {
             // SAFETY: the caller answers for it. The compiler uses no tiles, so they keep what they hold.
             unsafe {
@@ -500,7 +529,8 @@ macro_rules! define_multiply_32 {
                     "jnz 2b",
                     first = inout(reg) first => _, second = inout(reg) second => _,
                     right = inout(reg) right => _, len = inout(reg) len => _,
-                    line = in(reg) LINE_BYTES, options(nostack, readonly)
+                    line = in(reg) LINE_BYTES, $($ahead = in(reg) $ahead,)?
+                    options(nostack, readonly)
                 );
                 asm!(
                     "tilestored [{sums} + {line}], tmm0",
@@ -514,10 +544,10 @@ macro_rules! define_multiply_32 {
     };
 }
 
-define_multiply_16!(multiply_16, "", "");
-define_multiply_16!(multiply_16_streamed, ask_ahead!(0), ask_ahead!(1024));
-define_multiply_32!(multiply_32, "", "");
-define_multiply_32!(multiply_32_streamed, ask_ahead!(0), ask_ahead!(1024));
+define_multiply_16!(multiply_16, "", "",);
+define_multiply_16!(multiply_16_streamed, ask_ahead!(0), ask_ahead!(1024), ahead);
+define_multiply_32!(multiply_32, "", "",);
+define_multiply_32!(multiply_32_streamed, ask_ahead!(0), ask_ahead!(1024), ahead);
 
 /// Decodes a stretch of a pair of panels into tiles.
 struct Decode<'a> {
@@ -533,61 +563,19 @@ impl Kernel for Decode<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
         let Self { w, pair, first, out } = self;
-        let mut decoded = [Lanes::ZERO; TILE_INPUTS];
         for half in 0..2 {
             let panel = 2 * pair + half;
             for (index, lines) in out.as_chunks_mut::<PAIR_LINES>().0.iter_mut().enumerate() {
                 let lines = &mut lines[half * LANES..][..LANES];
                 if panel < w.num_panels() {
                     let start = (first + index) * TILE_INPUTS;
-                    w.decode::<V>(panel, start..start + TILE_INPUTS, &mut decoded);
-                    round(&decoded, lines);
+                    w.decode::<V, _>(panel, start..start + TILE_INPUTS, lines);
                 } else {
                     lines.fill(Line([0; TILE_INPUTS]));
                 }
             }
         }
     }
-}
-
-/// Rounds 32 inputs of a panel into a tile.
-#[expect(unsafe_code, reason = "vector instructions")]
-fn round(inputs: &[Lanes; TILE_INPUTS], tile: &mut [Line]) {
-    // SAFETY: there are tiles only where `is_available` has seen these instructions.
-    unsafe { round_with_vectors(inputs, tile) }
-}
-
-/// # Safety
-/// The machine must have these instructions.
-#[expect(unsafe_code, reason = "vector instructions")]
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn round_with_vectors(inputs: &[Lanes; TILE_INPUTS], tile: &mut [Line]) {
-    /// The inputs of an output side by side.
-    static INTERLEAVED: Line = Line(interleaved());
-    // SAFETY: lines and lanes are 64 bytes each, and aligned to them.
-    unsafe {
-        let interleaved = _mm512_loadu_si512((&raw const INTERLEAVED).cast());
-        for (pair, line) in inputs.as_chunks::<2>().0.iter().zip(tile) {
-            let (even, odd) =
-                (_mm512_load_ps(pair[0].0.as_ptr()), _mm512_load_ps(pair[1].0.as_ptr()));
-            let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(odd, even));
-            let line: *mut Line = line;
-            _mm512_store_si512(line.cast(), _mm512_permutexvar_epi16(interleaved, rounded));
-        }
-    }
-}
-
-/// `0, 16, 1, 17, …`
-const fn interleaved() -> [u16; TILE_INPUTS] {
-    let mut order = [0; TILE_INPUTS];
-    let mut lane = 0;
-    while lane < LANES {
-        order[2 * lane] = lane as u16;
-        order[2 * lane + 1] = (lane + LANES) as u16;
-        lane += 1;
-    }
-    order
 }
 
 impl Shape {
@@ -620,7 +608,7 @@ impl Shape {
 
     /// Adds the products of `len` tiles along the inputs to the sums.
     fn multiply(self, operands: Operands<'_>, len: usize, sums: &mut [Lanes]) {
-        let Operands { left: [first, second], right, streamed, is_first } = operands;
+        let Operands { left: [first, second], right, ahead, is_first } = operands;
         let num_lines = len * PAIR_LINES;
         assert!(first.len() >= num_lines && right.len() >= num_lines && sums.len() >= SUMS);
         assert!(self.second_rows == 0 || second.len() >= num_lines);
@@ -630,11 +618,15 @@ impl Shape {
         // SAFETY: the shape is configured; of each operand `len` times 32 lines are read, the sums are four
         // tiles (asserted). Lines ahead are only asked for, which does no harm where there are none.
         unsafe {
-            match (self.second_rows > 0, streamed) {
-                (false, false) => multiply_16(first, right, len, sums, is_first),
-                (false, true) => multiply_16_streamed(first, right, len, sums, is_first),
-                (true, false) => multiply_32((first, second), right, len, sums, is_first),
-                (true, true) => multiply_32_streamed((first, second), right, len, sums, is_first),
+            match (self.second_rows > 0, ahead) {
+                (false, None) => multiply_16(first, right, len, sums, is_first),
+                (false, Some(ahead)) => {
+                    multiply_16_streamed(first, right, len, sums, is_first, ahead);
+                }
+                (true, None) => multiply_32((first, second), right, len, sums, is_first),
+                (true, Some(ahead)) => {
+                    multiply_32_streamed((first, second), right, len, sums, is_first, ahead);
+                }
             }
         }
     }

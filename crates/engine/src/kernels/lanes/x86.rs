@@ -1,16 +1,17 @@
 //! Vectors of the x86 instruction sets.
 
 use std::arch::x86_64::{
-    __m256, __m512, _mm_load_si128, _mm_srli_si128, _mm256_castsi256_ps, _mm256_cvtepi8_epi32,
-    _mm256_cvtepi32_ps, _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
-    _mm256_fmadd_ps, _mm256_load_ps, _mm256_load_si256, _mm256_mul_ps, _mm256_set1_ps,
-    _mm256_setzero_ps, _mm256_slli_epi32, _mm256_store_ps, _mm256_sub_ps, _mm512_castsi512_ps,
-    _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_cvtepu16_epi32,
-    _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_ps, _mm512_mul_ps, _mm512_set1_ps,
-    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_store_ps, _mm512_sub_ps,
+    __m256, __m512, __m512i, _mm_load_si128, _mm_srli_si128, _mm256_castsi256_ps,
+    _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32,
+    _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_load_ps, _mm256_load_si256, _mm256_mul_ps,
+    _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_store_ps, _mm256_sub_ps,
+    _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
+    _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_ps,
+    _mm512_load_si512, _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_set1_ps, _mm512_setzero_ps,
+    _mm512_slli_epi32, _mm512_store_ps, _mm512_store_si512, _mm512_sub_ps,
 };
 
-use super::{Bf16Lanes, F16Lanes, I8Lanes, Lanes, U8Lanes, Vector};
+use super::{Bf16Lanes, Bf16Pairs, F16Lanes, I8Lanes, Lanes, U8Lanes, Vector};
 
 /// One AVX-512 register.
 #[derive(Clone, Copy)]
@@ -87,6 +88,38 @@ impl Vector for Avx512 {
     fn store(self, to: &mut Lanes) {
         // SAFETY: only named under avx512f; room for 16 numbers, aligned to 64 bytes.
         unsafe { _mm512_store_ps(to.0.as_mut_ptr(), self.0) }
+    }
+
+    #[inline(always)]
+    fn store_bf16_pairs(first: Self, second: Self, to: &mut Bf16Pairs) {
+        // SAFETY: a machine with a matrix unit has these instructions (`tiles::is_available`).
+        unsafe { store_bf16_pairs(first.0, second.0, to) }
+    }
+}
+
+/// # Safety
+/// The machine must have these instructions.
+#[expect(unsafe_code, reason = "vector instructions")]
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn store_bf16_pairs(first: __m512, second: __m512, to: &mut Bf16Pairs) {
+    /// `0, 16, 1, 17, …`
+    static INTERLEAVED: Bf16Pairs = Bf16Pairs({
+        let mut order = [0; 32];
+        let mut lane = 0;
+        while lane < 16 {
+            order[2 * lane as usize] = lane;
+            order[2 * lane as usize + 1] = lane + 16;
+            lane += 1;
+        }
+        order
+    });
+    // SAFETY: 64 bytes each, aligned to them; 32 numbers of 16 bits are 512 bits.
+    unsafe {
+        let order = _mm512_load_si512((&raw const INTERLEAVED).cast());
+        let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(second, first));
+        let to: *mut Bf16Pairs = to;
+        _mm512_store_si512(to.cast(), _mm512_permutexvar_epi16(order, rounded));
     }
 }
 
@@ -190,5 +223,13 @@ impl Vector for Avx2 {
             _mm256_store_ps(low.as_mut_ptr(), self.0);
             _mm256_store_ps(high.as_mut_ptr(), self.1);
         }
+    }
+
+    #[inline(always)]
+    fn store_bf16_pairs(first: Self, second: Self, to: &mut Bf16Pairs) {
+        let (mut a, mut b) = (Lanes::ZERO, Lanes::ZERO);
+        first.store(&mut a);
+        second.store(&mut b);
+        Lanes::store_bf16_pairs(a, b, to);
     }
 }
