@@ -428,8 +428,7 @@ macro_rules! define_multiply_16 {
             left: *const Line,
             right: *const Line,
             len: usize,
-            sums: *mut Lanes,
-            is_first: bool,
+            (sums, is_first): (*mut Lanes, bool),
             $($ahead: usize,)?
         ) {
             // SAFETY: the caller answers for it. The compiler uses no tiles, so they keep what they hold.
@@ -484,8 +483,7 @@ macro_rules! define_multiply_32 {
             (first, second): (*const Line, *const Line),
             right: *const Line,
             len: usize,
-            sums: *mut Lanes,
-            is_first: bool,
+            (sums, is_first): (*mut Lanes, bool),
             $($ahead: usize,)?
         ) {
             // SAFETY: the caller answers for it. The compiler uses no tiles, so they keep what they hold.
@@ -613,19 +611,19 @@ impl Shape {
         assert!(first.len() >= num_lines && right.len() >= num_lines && sums.len() >= SUMS);
         assert!(self.second_rows == 0 || second.len() >= num_lines);
         let (first, second, right) = (first.as_ptr(), second.as_ptr(), right.as_ptr());
-        let sums = sums.as_mut_ptr();
+        let sums = (sums.as_mut_ptr(), is_first);
         #[expect(unsafe_code, reason = "instructions of the unit")]
         // SAFETY: the shape is configured; of each operand `len` times 32 lines are read, the sums are four
         // tiles (asserted). Lines ahead are only asked for, which does no harm where there are none.
         unsafe {
             match (self.second_rows > 0, ahead) {
-                (false, None) => multiply_16(first, right, len, sums, is_first),
+                (false, None) => multiply_16(first, right, len, sums),
                 (false, Some(ahead)) => {
-                    multiply_16_streamed(first, right, len, sums, is_first, ahead);
+                    multiply_16_streamed(first, right, len, sums, ahead);
                 }
-                (true, None) => multiply_32((first, second), right, len, sums, is_first),
+                (true, None) => multiply_32((first, second), right, len, sums),
                 (true, Some(ahead)) => {
-                    multiply_32_streamed((first, second), right, len, sums, is_first, ahead);
+                    multiply_32_streamed((first, second), right, len, sums, ahead);
                 }
             }
         }
