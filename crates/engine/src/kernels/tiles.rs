@@ -17,7 +17,7 @@ use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::blocks::{BlockPanels, InputPair};
-use super::{Cpu, Finish, Kernel, LANES, Lanes, Rows, SharedRows, Vector};
+use super::{Cpu, Finish, Kernel, LANES, Lanes, Rows, SharedRows, Vector, run_amx};
 
 /// Inputs of a tile.
 pub(super) const TILE_INPUTS: usize = 32;
@@ -110,6 +110,13 @@ impl Tiles {
     }
 }
 
+/// Runs a kernel of this module, which is compiled for machines with the unit alone.
+#[expect(unsafe_code, reason = "calls into a function compiled for more than the baseline")]
+fn run_beside_tiles(kernel: impl Kernel) {
+    // SAFETY: products come here only where `is_available` has seen these instructions.
+    unsafe { run_amx(kernel) }
+}
+
 /// A left-hand side: a tile of 16 rows and 32 inputs is 16 lines of the numbers' first parts, then 16 of
 /// their second. Tiles of the same rows lie one behind the other.
 #[derive(Debug, Default)]
@@ -140,7 +147,7 @@ impl Left {
         cpu.threads.share_chunks(lines, tile_row_lines, |tile, (): &mut (), tiles| {
             let first = tile * LANES;
             let rows = first..num_rows.min(first + LANES);
-            cpu.simd.run(Cut { x, rows, in_features, tiles });
+            run_beside_tiles(Cut { x, rows, in_features, tiles });
         });
     }
 
@@ -249,7 +256,7 @@ pub(super) fn matmul(
             finish,
         };
         let mut scratch = lock(&tiles.threads[cpu.threads.current()]);
-        cpu.simd.run(Multiply { piece, scratch: &mut scratch });
+        run_beside_tiles(Multiply { piece, scratch: &mut scratch });
     });
 }
 
