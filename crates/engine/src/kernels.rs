@@ -135,13 +135,9 @@ impl Simd {
     #[expect(unsafe_code, reason = "calls into functions compiled for more than the baseline")]
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self.0 {
-            // SAFETY: `available` makes this level only where `tiles::is_available` has seen these, and avx2, fma
-            // and f16c were detected.
+            // SAFETY: `available` makes these levels only where avx512f, avx2, fma and f16c were detected.
             #[cfg(target_arch = "x86_64")]
-            Level::Amx => unsafe { run_amx(kernel) },
-            // SAFETY: `available` makes this level only where avx512f, avx2, fma and f16c were detected.
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => unsafe { run_avx512(kernel) },
+            Level::Amx | Level::Avx512 => unsafe { run_avx512(kernel) },
             // SAFETY: `available` makes this level only where avx2, fma and f16c were detected.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { run_avx2(kernel) },
@@ -165,6 +161,7 @@ impl Display for Simd {
     }
 }
 
+/// For what stands beside tiles; everything else is not compiled once more.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16,avx2,fma,f16c")]
 fn run_amx<K: Kernel>(kernel: K) {
