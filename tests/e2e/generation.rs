@@ -163,11 +163,11 @@ fn variables_of_the_chat_template_come_from_the_line_and_the_command_line() {
     let [silent_off, still_off, still_on, short_off] = run("option.jsonl", option, queries);
     assert_eq!((&silent_off, &still_off, &still_on), (&off, &off, &on));
     assert!(short_off != short && short_off != off);
-    place.write("corpus/fruit.txt", "Apples are red.");
-    let queries = "--queries-file queries.jsonl --corpus-path corpus";
+    let corpus = repository().join("examples/corpus");
+    let queries = format!("{queries} --corpus-path {}", corpus.display());
     place.run_expecting(3, &format!("contexts {queries} --output-file contexts.jsonl"));
     let staged = run("staged.jsonl", option, "--contexts-file contexts.jsonl");
-    assert_eq!(staged, run("direct.jsonl", option, queries));
+    assert_eq!(staged, run("direct.jsonl", option, &queries));
     let output = place.run("models model");
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("its variables  enable_thinking, style"), "{text}");
