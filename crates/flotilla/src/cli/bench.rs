@@ -80,7 +80,7 @@ pub(crate) struct EngineBench {
     #[command(flatten)]
     pub(crate) model_path: ModelPath,
     /// The same as --model-path, before which it counts.
-    #[arg(long, value_name = "MODEL", hide = true)]
+    #[arg(long, value_name = "MODEL")]
     pub(crate) model: Option<String>,
     /// Tokens of each prompt.
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
