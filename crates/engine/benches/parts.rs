@@ -18,6 +18,15 @@ const CONFIG: &str = r#"{"architectures": ["Qwen2ForCausalLM"], "model_type": "q
     "intermediate_size": 4864, "num_hidden_layers": 1, "num_attention_heads": 14, "num_key_value_heads": 2,
     "vocab_size": 32000, "max_position_embeddings": 32768, "tie_word_embeddings": true}"#;
 
+const FORMATS: [Format; 6] = [
+    Format::F32,
+    Format::F16,
+    Format::Bf16,
+    Format::Block(BlockFormat::Q8_0),
+    Format::Block(BlockFormat::Q6K),
+    Format::Block(BlockFormat::Q4K),
+];
+
 fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
@@ -37,17 +46,9 @@ fn linear(criterion: &mut Criterion) {
         ("gate and up", [HIDDEN_SIZE, 2 * INTERMEDIATE_SIZE]),
         ("down", [INTERMEDIATE_SIZE, HIDDEN_SIZE]),
     ];
-    let formats = [
-        Format::F32,
-        Format::F16,
-        Format::Bf16,
-        Format::Block(BlockFormat::Q8_0),
-        Format::Block(BlockFormat::Q6K),
-        Format::Block(BlockFormat::Q4K),
-    ];
     for (name, [in_features, out_features]) in shapes {
         let mut group = criterion.benchmark_group(format!("linear, {name}"));
-        for format in formats {
+        for format in FORMATS {
             if !in_features.is_multiple_of(format.block_len()) {
                 continue;
             }
@@ -58,6 +59,20 @@ fn linear(criterion: &mut Criterion) {
                 let part = parts::linear(threads(), format, shape).expect("threads");
                 run(&mut group, BenchmarkId::new(format.name(), num_rows), part);
             }
+        }
+    }
+}
+
+fn feed_forward(criterion: &mut Criterion) {
+    let mut group = criterion.benchmark_group("feed-forward network");
+    for format in
+        FORMATS.into_iter().filter(|format| HIDDEN_SIZE.is_multiple_of(format.block_len()))
+    {
+        for num_rows in NUM_ROWS {
+            let shape = [num_rows, HIDDEN_SIZE, INTERMEDIATE_SIZE];
+            group.throughput(Throughput::Elements(6 * shape.iter().product::<usize>() as u64));
+            let part = parts::feed_forward(threads(), format, shape).expect("threads");
+            run(&mut group, BenchmarkId::new(format.name(), num_rows), part);
         }
     }
 }
@@ -108,8 +123,6 @@ fn elementwise(criterion: &mut Criterion) {
     for num_rows in NUM_ROWS {
         let norm = parts::norm(threads(), [num_rows, HIDDEN_SIZE]).expect("threads");
         run(&mut group, BenchmarkId::new("rms_norm", num_rows), norm);
-        let gate = parts::gate(threads(), [num_rows, INTERMEDIATE_SIZE]).expect("threads");
-        run(&mut group, BenchmarkId::new("gated", num_rows), gate);
     }
 }
 
@@ -119,6 +132,6 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
-    targets = linear, attention, sampler, elementwise
+    targets = linear, feed_forward, attention, sampler, elementwise
 }
 criterion_main!(all);

@@ -4,6 +4,7 @@
 //! order, depends on nothing but its position: so neither chunks, blocks, batch nor threads change a bit.
 //! Called by the decoder, layer by layer.
 
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use crate::config::ModelConfig;
@@ -63,6 +64,15 @@ struct Scratch {
     queries: Vec<f32>,
     scores: Vec<f32>,
     sums: Vec<f32>,
+    spans: Vec<Span>,
+}
+
+/// Queries, and keys from some block on that all of them see.
+#[derive(Clone, Debug)]
+struct Span {
+    rows: Range<usize>,
+    first_block: usize,
+    num_keys: usize,
 }
 
 /// What one layer brings along.
@@ -342,7 +352,7 @@ impl<S: Cached> Kernel for Attend<'_, S> {
         grow(&mut self.scratch.queries, num_queries * query_stride);
         grow(&mut self.scratch.scores, num_queries * score_stride);
         grow(&mut self.scratch.sums, num_queries * query_stride);
-        let Scratch { queries, scores, sums } = self.scratch;
+        let Scratch { queries, scores, sums, spans } = self.scratch;
 
         for (row, query) in queries.chunks_exact_mut(query_stride).take(num_queries).enumerate() {
             let column = (self.head * group + row % group) * dim;
@@ -376,27 +386,14 @@ impl<S: Cached> Kernel for Attend<'_, S> {
             *total = softmax_row(scores, first_seen);
             blocks.scale_by_values(scores);
         }
-        // What every query sees is summed for all of them, the rest block by block.
         let seen_by_all = first_position + 1 - skipped;
-        let num_keys =
-            if num_tokens == 1 { seen_by_all } else { seen_by_all / BLOCK_SIZE * BLOCK_SIZE };
-        let panels = 0..padded_dim / LANES;
+        lay_out(spans, (num_tokens, group), (seen_by_all, num_blocks));
         let weights = Rows::new(scores, score_stride);
-        let out = SharedRows::new(sums, padded_dim, query_stride);
-        let mut sum = WeightedSum { blocks, first_block: 0, num_keys, weights, sums: out };
-        for_each_tile::<V>(&mut sum, 0..num_queries, panels.clone());
-        for block in num_keys.div_ceil(BLOCK_SIZE)..num_blocks {
-            let start = block * BLOCK_SIZE;
-            sum.first_block = block;
-            // Tokens from here on see some of the block's keys; those from there on all.
-            let some = (start + 1).saturating_sub(seen_by_all).min(num_tokens);
-            let all = (start + BLOCK_SIZE).saturating_sub(seen_by_all).min(num_tokens);
-            for token in some..all {
-                sum.num_keys = seen_by_all + token - start;
-                for_each_tile::<V>(&mut sum, token * group..(token + 1) * group, panels.clone());
-            }
-            sum.num_keys = BLOCK_SIZE;
-            for_each_tile::<V>(&mut sum, all * group..num_queries, panels.clone());
+        let sums_out = SharedRows::new(sums, padded_dim, query_stride);
+        // The only place that sums: it is compiled for every shape of a tile.
+        for Span { rows, first_block, num_keys } in spans.drain(..) {
+            let mut sum = WeightedSum { blocks, first_block, num_keys, weights, sums: sums_out };
+            for_each_tile::<V>(&mut sum, rows, 0..padded_dim / LANES);
         }
         for (row, total) in totals.iter().enumerate() {
             let sum = &sums[row * query_stride..][..padded_dim];
@@ -405,6 +402,32 @@ impl<S: Cached> Kernel for Attend<'_, S> {
             let out = unsafe { self.out.slice_mut(first_token + row / group, column, dim) };
             out.iter_mut().zip(sum).for_each(|(out, sum)| *out = *sum * (1.0 / total));
         }
+    }
+}
+
+/// Which queries see which keys: what every query sees is one span of all of them, the rest goes block by block.
+fn lay_out(
+    spans: &mut Vec<Span>,
+    (num_tokens, group): (usize, usize),
+    (seen_by_all, num_blocks): (usize, usize),
+) {
+    let num_queries = num_tokens * group;
+    let num_keys =
+        if num_tokens == 1 { seen_by_all } else { seen_by_all / BLOCK_SIZE * BLOCK_SIZE };
+    spans.clear();
+    spans.push(Span { rows: 0..num_queries, first_block: 0, num_keys });
+    for block in num_keys.div_ceil(BLOCK_SIZE)..num_blocks {
+        let start = block * BLOCK_SIZE;
+        // Tokens from here on see some of the block's keys; those from there on all.
+        let some = (start + 1).saturating_sub(seen_by_all).min(num_tokens);
+        let all = (start + BLOCK_SIZE).saturating_sub(seen_by_all).min(num_tokens);
+        spans.extend((some..all).map(|token| Span {
+            rows: token * group..(token + 1) * group,
+            first_block: block,
+            num_keys: seen_by_all + token - start,
+        }));
+        let rows = all * group..num_queries;
+        spans.push(Span { rows, first_block: block, num_keys: BLOCK_SIZE });
     }
 }
 

@@ -48,8 +48,8 @@ pub struct EngineConfig {
     pub enable_prefix_caching: bool,
     /// How weights are kept; as the checkpoint has them if not given.
     pub precision: Option<Precision>,
-    /// How keys and values are kept.
-    pub kv_cache_dtype: KvCacheDtype,
+    /// How keys and values are kept; `fp16` if not given, or `fp32` beside weights in `fp32`.
+    pub kv_cache_dtype: Option<KvCacheDtype>,
     /// What computes; the best of this machine if not given.
     pub instruction_set: Option<InstructionSet>,
 }
@@ -65,7 +65,7 @@ impl Default for EngineConfig {
             threads: std::thread::available_parallelism().map_or(1, usize::from),
             enable_prefix_caching: true,
             precision: None,
-            kv_cache_dtype: KvCacheDtype::default(),
+            kv_cache_dtype: None,
             instruction_set: None,
         }
     }
@@ -300,6 +300,11 @@ impl Engine {
     /// What the model looks like.
     pub fn model_config(&self) -> &ModelConfig {
         self.runner.config()
+    }
+
+    /// How keys and values are kept.
+    pub fn kv_cache_dtype(&self) -> KvCacheDtype {
+        self.runner.kv_cache_dtype()
     }
 
     /// Longest sequence, prompt and answer: the model's window, or less where the KV cache is smaller.

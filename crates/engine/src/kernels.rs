@@ -13,6 +13,7 @@ mod elementwise;
 mod lanes;
 mod matmul;
 mod memory;
+mod mlp;
 mod packed;
 mod product;
 mod threads;
@@ -26,11 +27,12 @@ use crate::precision::{UnknownName, find};
 
 pub(crate) use activations::{Activations, Rows, SharedRows};
 pub(crate) use elementwise::{
-    gated, rms_norm, rms_norm_row, rope_row, softcap, softcap_row, softmax_row, sum_lanes,
+    rms_norm, rms_norm_row, rope_row, softcap, softcap_row, softmax_row, sum_lanes,
 };
 pub(crate) use lanes::{Bf16Lanes, F16Lanes, I8Lanes, LANES, Lanes, Stored, Vector};
 pub(crate) use matmul::{Epilogue, Linear, matmul};
 pub(crate) use memory::Zeroed;
+pub(crate) use mlp::{Inner, Mlp};
 pub(crate) use packed::{PackedMatrix, RowSource, packed_bytes};
 pub(crate) use product::{Finish, Operand, Product, Tiled, accumulate, fetch, for_each_tile};
 pub(crate) use threads::Threads;

@@ -8,10 +8,10 @@ mod feed_forward;
 mod packing;
 pub(crate) mod rope;
 
-use self::feed_forward::{Experts, FeedForward, Mlp};
+use self::feed_forward::{Experts, FeedForward};
 use crate::Error;
 use crate::config::{ExpertsConfig, ModelConfig};
-use crate::kernels::{Cpu, Linear, Simd};
+use crate::kernels::{Cpu, Linear, Mlp, Simd};
 use crate::precision::{MatrixRole, Precision};
 use crate::weights::{Checkpoint, Tensor};
 use packing::{Packing, StoredRows};
@@ -116,6 +116,11 @@ impl Model {
     /// What it looks like.
     pub(crate) fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// Whether its layers' weights are `f32`.
+    pub(crate) fn is_fp32(&self) -> bool {
+        self.layers.iter().all(|layer| layer.qkv.weight.is_f32())
     }
 
     /// Memory that its weights take.

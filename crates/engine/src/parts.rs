@@ -3,7 +3,7 @@
 use crate::attention::{Attention, LayerInput};
 use crate::config::{Activation, ModelConfig};
 use crate::kernels::{
-    Activations, Cpu, Epilogue, Linear, PackedMatrix, RowSource, Simd, Threads, gated, matmul,
+    Activations, Cpu, Epilogue, Inner, Linear, Mlp, PackedMatrix, RowSource, Simd, Threads, matmul,
     rms_norm,
 };
 use crate::kv_cache::KvCache;
@@ -26,14 +26,7 @@ pub fn linear(
     [num_rows, in_features, out_features]: [usize; 3],
 ) -> Result<Part, Error> {
     let cpu = cpu(threads)?;
-    let write = |row: usize, bytes: &mut [u8]| {
-        let mut numbers = vec![0.0; in_features];
-        fill(row, &mut numbers);
-        format.encode(&numbers, bytes);
-    };
-    let source = RowSource { format, num_rows: out_features, write: &write };
-    let weight = PackedMatrix::pack(&cpu, in_features, &[source])?;
-    let linear = Linear { weight, bias: None };
+    let linear = random_linear(&cpu, format, [in_features, out_features])?;
     let x = random_rows(num_rows, in_features);
     let mut out = Activations::new(num_rows, out_features);
     Ok(Box::new(move || {
@@ -121,19 +114,45 @@ pub fn norm(threads: usize, [num_rows, width]: [usize; 2]) -> Result<Part, Error
     }))
 }
 
-/// The gates of the feed-forward network, by SiLU.
+/// A feed-forward network, of SiLU, with random weights: so many rows, numbers of each, and numbers between.
 ///
 /// # Errors
 /// If the threads can't be started.
-pub fn gate(threads: usize, [num_rows, width]: [usize; 2]) -> Result<Part, Error> {
+pub fn feed_forward(
+    threads: usize,
+    format: Format,
+    [num_rows, hidden_size, intermediate_size]: [usize; 3],
+) -> Result<Part, Error> {
     let cpu = cpu(threads)?;
-    let gate_up = random_rows(num_rows, 2 * width);
-    let mut out = Activations::new(num_rows, width);
+    let mlp = Mlp {
+        activation: Activation::Silu,
+        gate_up: random_linear(&cpu, format, [hidden_size, 2 * intermediate_size])?,
+        down: random_linear(&cpu, format, [intermediate_size, hidden_size])?,
+    };
+    let x = random_rows(num_rows, hidden_size);
+    let mut inner = Inner::new(intermediate_size);
+    let mut out = Activations::new(num_rows, hidden_size);
     Ok(Box::new(move || {
         cpu.threads.step(|| {
-            gated(&cpu, Activation::Silu, (gate_up.rows(), num_rows), out.shared());
+            mlp.widen(&cpu, (x.rows(), num_rows), &mut inner);
+            mlp.narrow(&cpu, (&inner, num_rows), (out.shared(), Epilogue::Store));
         });
     }))
+}
+
+fn random_linear(
+    cpu: &Cpu,
+    format: Format,
+    [in_features, out_features]: [usize; 2],
+) -> Result<Linear, Error> {
+    let write = |row: usize, bytes: &mut [u8]| {
+        let mut numbers = vec![0.0; in_features];
+        fill(row, &mut numbers);
+        format.encode(&numbers, bytes);
+    };
+    let source = RowSource { format, num_rows: out_features, write: &write };
+    let weight = PackedMatrix::pack(cpu, in_features, &[source])?;
+    Ok(Linear { weight, bias: None })
 }
 
 fn cpu(threads: usize) -> Result<Cpu, Error> {

@@ -33,10 +33,9 @@ pub enum Precision {
 }
 
 /// How keys and values are kept in the KV cache.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KvCacheDtype {
     /// 32-bit floating point.
-    #[default]
     Fp32,
     /// 16-bit floating point; what is beyond its range becomes its largest number.
     Fp16,

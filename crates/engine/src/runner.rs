@@ -27,20 +27,20 @@ pub struct RunnerOptions {
     pub max_num_batched_tokens: usize,
     /// How weights are kept; as the checkpoint has them if not given.
     pub precision: Option<Precision>,
-    /// How keys and values are kept.
-    pub kv_cache_dtype: KvCacheDtype,
+    /// How keys and values are kept; `fp16` if not given, or `fp32` beside weights in `fp32`.
+    pub kv_cache_dtype: Option<KvCacheDtype>,
     /// What computes; the best of this machine if not given.
     pub instruction_set: Option<Simd>,
 }
 
 impl Default for RunnerOptions {
-    /// One thread, everything as it is stored.
+    /// One thread, everything as it is stored, a KV cache that rounds nothing.
     fn default() -> Self {
         Self {
             threads: 1,
             max_num_batched_tokens: 512,
             precision: None,
-            kv_cache_dtype: KvCacheDtype::default(),
+            kv_cache_dtype: Some(KvCacheDtype::Fp32),
             instruction_set: None,
         }
     }
@@ -55,7 +55,8 @@ pub struct Runner {
     ropes: Vec<RopeTable>,
     cache: Option<KvCache>,
     buffers: Buffers,
-    options: RunnerOptions,
+    max_num_batched_tokens: usize,
+    kv_cache_dtype: KvCacheDtype,
     /// Tells how much memory can be had.
     pub(crate) available_memory: fn() -> Option<u64>,
 }
@@ -117,8 +118,18 @@ impl Runner {
             weight_bytes = model.num_bytes(),
             "model loaded"
         );
-        let options = *options;
-        Ok(Self { model, cpu, ropes, cache: None, buffers, options, available_memory })
+        // Keys and values are rounded no more than the weights that make them.
+        let finest = if model.is_fp32() { KvCacheDtype::Fp32 } else { KvCacheDtype::Fp16 };
+        Ok(Self {
+            model,
+            cpu,
+            ropes,
+            cache: None,
+            buffers,
+            max_num_batched_tokens: options.max_num_batched_tokens,
+            kv_cache_dtype: options.kv_cache_dtype.unwrap_or(finest),
+            available_memory,
+        })
     }
 
     /// What the model looks like.
@@ -131,16 +142,20 @@ impl Runner {
         self.model.num_bytes()
     }
 
+    /// How keys and values are kept.
+    pub fn kv_cache_dtype(&self) -> KvCacheDtype {
+        self.kv_cache_dtype
+    }
+
     /// Memory that a block of the KV cache takes.
     pub fn kv_bytes_per_block(&self) -> usize {
-        bytes_per_block(self.config(), self.options.kv_cache_dtype)
+        bytes_per_block(self.config(), self.kv_cache_dtype)
     }
 
     /// Makes the KV cache, in place of the one before.
     pub fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<(), Error> {
         self.cache = None;
-        self.cache =
-            Some(KvCache::new(self.model.config(), num_blocks, self.options.kv_cache_dtype)?);
+        self.cache = Some(KvCache::new(self.model.config(), num_blocks, self.kv_cache_dtype)?);
         Ok(())
     }
 
@@ -177,10 +192,10 @@ impl Runner {
         let config = self.config();
         let num_blocks = self.num_kv_blocks();
         let num_tokens = input.token_ids.len();
-        if num_tokens > self.options.max_num_batched_tokens {
+        if num_tokens > self.max_num_batched_tokens {
             return Err(Error::Input(format!(
                 "a step of {num_tokens} tokens, expected at most {}",
-                self.options.max_num_batched_tokens
+                self.max_num_batched_tokens
             )));
         }
         if let Some(token) =
@@ -275,6 +290,7 @@ mod tests {
             check_instruction_sets(&model, RunnerOptions::default(), 50);
             for kv_cache_dtype in KvCacheDtype::ALL {
                 let precision = Some(Precision::Q8_0);
+                let kv_cache_dtype = Some(kv_cache_dtype);
                 let options = RunnerOptions { precision, kv_cache_dtype, ..Default::default() };
                 check_instruction_sets(&model, options, 50);
             }

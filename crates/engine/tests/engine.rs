@@ -23,6 +23,7 @@ fn with_blocks(num_blocks: u64, config: EngineConfig) -> EngineConfig {
         RunnerOptions { threads: 1, max_num_batched_tokens: 1, ..RunnerOptions::default() };
     let runner = Runner::load(&config.model_path, &options).unwrap();
     EngineConfig {
+        kv_cache_dtype: options.kv_cache_dtype,
         kv_cache_memory_bytes: Some(num_blocks * runner.kv_bytes_per_block() as u64),
         ..config
     }

@@ -170,6 +170,7 @@ fn models_of_published_structure_run_and_take_what_was_said() {
         write_checkpoint(folder.path(), &scaled_down(&model["config"]));
         let footprint = Footprint::open(folder.path()).unwrap();
         let load = |precision, kv_cache_dtype| {
+            let kv_cache_dtype = Some(kv_cache_dtype);
             let options = RunnerOptions { precision, kv_cache_dtype, ..RunnerOptions::default() };
             Runner::load(folder.path(), &options).unwrap()
         };

@@ -103,7 +103,7 @@ fn engine(setting: Setting, (precision, kv_cache_dtype): Kept, block_bytes: u64)
         enable_prefix_caching: setting.prefix_caching,
         threads: 2,
         precision,
-        kv_cache_dtype,
+        kv_cache_dtype: Some(kv_cache_dtype),
         ..EngineConfig::default()
     })
     .unwrap()
@@ -154,7 +154,7 @@ fn together(
 
 /// Checks that so many prompts are answered in every setting as they are alone.
 fn check(num_prompts: u64, settings: &[Setting], kept: Kept) {
-    let options = RunnerOptions { kv_cache_dtype: kept.1, ..RunnerOptions::default() };
+    let options = RunnerOptions { kv_cache_dtype: Some(kept.1), ..RunnerOptions::default() };
     let model_path = Path::new(env!("CARGO_MANIFEST_DIR")).join(MODEL);
     let block_bytes = Runner::load(&model_path, &options).unwrap().kv_bytes_per_block() as u64;
     let requests = requests(num_prompts);

@@ -54,7 +54,7 @@ fn load(
         threads,
         max_num_batched_tokens: 256,
         precision,
-        kv_cache_dtype,
+        kv_cache_dtype: Some(kv_cache_dtype),
         ..RunnerOptions::default()
     };
     let mut runner = Runner::load(path, &options).unwrap();
@@ -326,7 +326,7 @@ fn answers_depend_on_nothing_else_under_any_kv_cache_dtype() {
             model_path: fixture("llama-gqa"),
             threads: 1,
             precision: Some(Precision::Q8_0),
-            kv_cache_dtype,
+            kv_cache_dtype: Some(kv_cache_dtype),
             ..EngineConfig::default()
         };
         let answers = |config: &EngineConfig, requests: &[Request]| {
@@ -350,7 +350,8 @@ fn answers_depend_on_nothing_else_under_any_kv_cache_dtype() {
         let (together, stats) = answers(&config, &requests);
         assert_eq!(together, alone, "{kv_cache_dtype}");
         assert!(stats.generation_tokens == 6 * 24, "{stats:?}");
-        let options = RunnerOptions { kv_cache_dtype, ..RunnerOptions::default() };
+        let options =
+            RunnerOptions { kv_cache_dtype: Some(kv_cache_dtype), ..RunnerOptions::default() };
         let runner = Runner::load(&config.model_path, &options).unwrap();
         let few = EngineConfig {
             kv_cache_memory_bytes: Some(9 * runner.kv_bytes_per_block() as u64),
@@ -376,7 +377,7 @@ fn the_shipped_model_is_near_to_itself_in_every_precision() {
     let tokens = &tokens[..300];
     let logits_in = |precision, dtype| {
         let options =
-            RunnerOptions { precision, kv_cache_dtype: dtype, ..RunnerOptions::default() };
+            RunnerOptions { precision, kv_cache_dtype: Some(dtype), ..RunnerOptions::default() };
         let mut runner = Runner::load(&path, &options).unwrap();
         runner.allocate_kv_cache(20).unwrap();
         let bytes = runner.weight_bytes();

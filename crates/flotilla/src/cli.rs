@@ -153,9 +153,9 @@ pub(crate) struct ModelOptions {
     /// q4_k [default: as the checkpoint stores them].
     #[arg(long, value_name = "NAME", value_parser = named(&Precision::ALL, Precision::name))]
     pub(crate) precision: Option<Precision>,
-    /// How the KV cache keeps keys and values.
-    #[arg(long, value_name = "NAME", default_value_t = EngineConfig::default().kv_cache_dtype, value_parser = named(&KvCacheDtype::ALL, KvCacheDtype::name))]
-    pub(crate) kv_cache_dtype: KvCacheDtype,
+    /// How the KV cache keeps keys and values [default: fp16, fp32 beside weights in fp32].
+    #[arg(long, value_name = "NAME", value_parser = named(&KvCacheDtype::ALL, KvCacheDtype::name))]
+    pub(crate) kv_cache_dtype: Option<KvCacheDtype>,
     /// Most sequences that a worker computes at once.
     #[arg(long, visible_alias = "batch-size", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs, value_parser = at_least(1))]
     pub(crate) max_num_seqs: usize,

@@ -6,10 +6,10 @@ use super::{Cpu, Epilogue, Kernel, LANES, Rows, SharedRows, Vector};
 use crate::config::Activation;
 
 /// Rows of one piece of work.
-const PIECE_ROWS: usize = 16;
+pub(super) const PIECE_ROWS: usize = 16;
 
 /// What one element costs, in multiply-adds, to judge whether a second thread is worth it.
-const ELEMENT_WORK: usize = 8;
+pub(super) const ELEMENT_WORK: usize = 8;
 
 /// `e^x`, within 2 ulp; beyond what `f32` holds the nearest normal number, not zero or infinity.
 #[inline(always)]
@@ -243,54 +243,22 @@ impl Kernel for RmsNorm<'_> {
     }
 }
 
-/// `out = activation(gate) * up`, where a row of `gate_up` is the gates and then the ups.
-pub(crate) fn gated(
-    cpu: &Cpu,
-    activation: Activation,
-    (gate_up, num_rows): (Rows<'_>, usize),
-    out: SharedRows<'_>,
-) {
-    let width = out.width();
-    let pieces = num_rows.div_ceil(PIECE_ROWS);
-    cpu.threads.share(pieces, num_rows * width * ELEMENT_WORK * 2, |piece| {
-        let rows = piece * PIECE_ROWS..num_rows.min((piece + 1) * PIECE_ROWS);
-        match activation {
-            Activation::Silu => cpu.simd.run(Gated { gate_up, rows, out, activation: silu }),
-            Activation::GeluTanh => {
-                cpu.simd.run(Gated { gate_up, rows, out, activation: gelu_tanh });
-            }
-            Activation::Gelu => cpu.simd.run(Gated { gate_up, rows, out, activation: gelu }),
-            Activation::QuickGelu => {
-                cpu.simd.run(Gated { gate_up, rows, out, activation: quick_gelu });
-            }
-            Activation::Relu => {
-                cpu.simd.run(Gated { gate_up, rows, out, activation: |x: f32| x.max(0.0) });
-            }
-        }
-    });
-}
-
-struct Gated<'a, F> {
-    gate_up: Rows<'a>,
-    rows: Range<usize>,
-    out: SharedRows<'a>,
-    activation: F,
-}
-
-impl<F: Fn(f32) -> f32> Kernel for Gated<'_, F> {
+/// Replaces numbers by what the activation makes of them.
+#[inline(always)]
+pub(super) fn activate(activation: Activation, numbers: &mut [f32]) {
+    /// A loop for each activation, so that each is vectorised.
     #[inline(always)]
-    #[expect(unsafe_code, reason = "several threads write disjoint rows")]
-    fn run<V: Vector>(self) {
-        let width = self.out.width();
-        for row in self.rows {
-            let gate = self.gate_up.slice(row, 0, width);
-            let up = self.gate_up.slice(row, width, width);
-            // SAFETY: each piece of work has rows of its own.
-            let out = unsafe { self.out.slice_mut(row, 0, width) };
-            for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                *out = (self.activation)(*gate) * up;
-            }
+    fn map(numbers: &mut [f32], f: impl Fn(f32) -> f32) {
+        for x in numbers {
+            *x = f(*x);
         }
+    }
+    match activation {
+        Activation::Silu => map(numbers, silu),
+        Activation::GeluTanh => map(numbers, gelu_tanh),
+        Activation::Gelu => map(numbers, gelu),
+        Activation::QuickGelu => map(numbers, quick_gelu),
+        Activation::Relu => map(numbers, |x| x.max(0.0)),
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::blocks::BlockProduct;
 use super::lanes::Stored;
-use super::packed::{PackedMatrix, PackedRows, Panels};
+use super::packed::{PackedMatrix, Panels};
 #[cfg(target_arch = "x86_64")]
 use super::tiles;
 use super::{Cpu, Finish, LANES, Operand, Product, Rows, SharedRows};
@@ -52,6 +52,18 @@ pub(crate) struct Linear {
     pub(crate) bias: Option<Vec<f32>>,
 }
 
+impl Linear {
+    /// How its sums are written.
+    pub(super) fn finish(&self, epilogue: Epilogue) -> Finish<'_> {
+        match (epilogue, &self.bias) {
+            (Epilogue::Store, None) => Finish::Store,
+            (Epilogue::Add, None) => Finish::Add,
+            (Epilogue::Store, Some(bias)) => Finish::StoreBiased(bias),
+            (Epilogue::Add, Some(bias)) => Finish::AddBiased(bias),
+        }
+    }
+}
+
 /// `out = x * weight^T + bias`, or added to `out`: `(num_rows, in_features) -> (num_rows, out_features)`.
 pub(crate) fn matmul(
     cpu: &Cpu,
@@ -59,20 +71,14 @@ pub(crate) fn matmul(
     linear: &Linear,
     (out, epilogue): (SharedRows<'_>, Epilogue),
 ) {
-    let finish = match (epilogue, &linear.bias) {
-        (Epilogue::Store, None) => Finish::Store,
-        (Epilogue::Add, None) => Finish::Add,
-        (Epilogue::Store, Some(bias)) => Finish::StoreBiased(bias),
-        (Epilogue::Add, Some(bias)) => Finish::AddBiased(bias),
-    };
+    let finish = linear.finish(epilogue);
     let PackedMatrix { parts, in_features, out_features } = &linear.weight;
     assert_eq!(out.width(), *out_features, "width of the output");
     for part in parts {
         let finish = finish.at_column(part.first_output);
         let out = out.columns(part.first_output, part.num_outputs);
         #[cfg(target_arch = "x86_64")]
-        if let Some(weights) = cpu.tiles.as_ref().and_then(|tiles| Some((tiles, on_tiles(part)?))) {
-            let (tiles, weights) = weights;
+        if let (Some(tiles), Some(weights)) = (&cpu.tiles, part.on_tiles()) {
             let weights = (weights, *in_features);
             tiles::matmul((cpu, tiles), (x, num_rows), weights, (out, finish));
             continue;
@@ -107,16 +113,6 @@ pub(crate) fn matmul(
                 }
             }
         });
-    }
-}
-
-/// The weights of a part if they are multiplied on the matrix unit.
-#[cfg(target_arch = "x86_64")]
-fn on_tiles(part: &PackedRows) -> Option<tiles::Weights<'_>> {
-    match &part.panels {
-        Panels::Tiles(lines) => Some(tiles::Weights::Tiles(lines)),
-        Panels::Block(panels) => Some(tiles::Weights::Blocks(panels)),
-        Panels::F32(_) | Panels::F16(_) | Panels::Bf16(_) => None,
     }
 }
 

@@ -4,7 +4,7 @@ use super::blocks::{BlockPanels, lines_per_panel, pack_row};
 use super::lanes::{Bf16Lanes, F16Lanes, Stored, U8Lanes};
 use super::memory::{Plain, Zeroed};
 #[cfg(target_arch = "x86_64")]
-use super::tiles::{Line, PAIR_LINES, PAIR_OUTPUTS, TILE_INPUTS};
+use super::tiles::{self, Line, PAIR_LINES, PAIR_OUTPUTS, TILE_INPUTS};
 use super::{Cpu, Kernel, LANES, Lanes, Simd, Threads, Vector};
 use crate::Error;
 use crate::weights::Format;
@@ -74,6 +74,20 @@ impl PackedMatrix {
         Ok(Self { parts, in_features, out_features })
     }
 
+    /// The weights, if all of them are multiplied together on a matrix unit, where there is one.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn on_tiles(&self) -> Option<tiles::Weights<'_>> {
+        match &*self.parts {
+            [part] => part.on_tiles(),
+            _ => None,
+        }
+    }
+
+    /// Whether all weights are `f32`.
+    pub(crate) fn is_f32(&self) -> bool {
+        self.parts.iter().all(|part| matches!(part.panels, Panels::F32(_)))
+    }
+
     /// Memory that it takes.
     pub(crate) fn num_bytes(&self) -> usize {
         let bytes = |part: &PackedRows| match &part.panels {
@@ -121,6 +135,16 @@ fn num_tile_lines(out_features: usize, in_features: usize) -> usize {
 }
 
 impl PackedRows {
+    /// The weights, if they are multiplied on a matrix unit, where there is one.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn on_tiles(&self) -> Option<tiles::Weights<'_>> {
+        match &self.panels {
+            Panels::Tiles(lines) => Some(tiles::Weights::Tiles(lines)),
+            Panels::Block(panels) => Some(tiles::Weights::Blocks(panels)),
+            Panels::F32(_) | Panels::F16(_) | Panels::Bf16(_) => None,
+        }
+    }
+
     fn pack(
         cpu: &Cpu,
         in_features: usize,

@@ -13,11 +13,17 @@ use std::arch::x86_64::{
     _mm512_cvtne2ps_pbh, _mm512_extracti64x4_epi64, _mm512_loadu_ps, _mm512_slli_epi32,
     _mm512_store_si512, _mm512_sub_ps, _xgetbv,
 };
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::blocks::{BlockPanels, InputPair};
+use super::elementwise::activate;
 use super::{Cpu, Finish, Kernel, LANES, Lanes, Rows, SharedRows, Vector, run_amx};
+use crate::config::Activation;
+use unit::{Ahead, Operands, SUMS, Shape, release};
+
+mod unit;
 
 /// Inputs of a tile.
 pub(super) const TILE_INPUTS: usize = 32;
@@ -37,13 +43,14 @@ const PIECE_ROWS: usize = 256;
 /// Most pairs of panels of one piece of work.
 const PIECE_PAIRS: usize = 16;
 
-/// Pieces of work for each thread, where there is enough of it. With few rows weights come from far, and small
-/// pieces end at the same time; with many rows the left-hand side is read again for each piece.
+/// Pieces of work for each thread, where there is enough of it: small pieces end at the same time.
 const PIECES_PER_THREAD: usize = 8;
-const LARGE_PIECES_PER_THREAD: usize = 2;
 
-/// Tiles along the inputs after which other rows take their turn: two rows of tiles stay in the nearest cache.
-const STRETCH: usize = 8;
+/// Tiles along the inputs after which other outputs take their turn: those of a piece's rows stay in the second cache.
+const BLOCK: usize = 28;
+
+/// The same of few rows whose weights are decoded.
+const SMALL_BLOCK: usize = 8;
 
 /// A line of a tile: of the left-hand side 32 inputs of a row, of the right-hand side 2 inputs of 16 outputs.
 pub(super) use super::lanes::Bf16Pairs as Line;
@@ -129,22 +136,25 @@ pub(super) struct Left {
 /// Memory of one thread.
 #[derive(Debug, Default)]
 struct Scratch {
-    /// Sums: for 32 rows and a pair of panels four tiles, row by row.
+    /// Sums: for 32 rows and a pair of panels four tiles, pair of rows by pair of rows.
     sums: Vec<Lanes>,
-    /// Weights of a stretch.
+    /// Weights of a block of inputs and a pair of panels.
     decoded: Vec<Line>,
 }
 
 impl Left {
+    /// Lines for some rows, to be written.
+    fn lines_mut(&mut self, num_rows: usize, in_features: usize) -> &mut [Line] {
+        self.k_tiles = in_features.div_ceil(TILE_INPUTS);
+        let num_lines = num_rows.div_ceil(LANES) * self.k_tiles * PAIR_LINES;
+        ensure(&mut self.lines, num_lines, Line([0; TILE_INPUTS]));
+        &mut self.lines[..num_lines]
+    }
+
     /// Cuts the numbers of `x` in two.
     fn fill(&mut self, cpu: &Cpu, (x, num_rows): (Rows<'_>, usize), in_features: usize) {
-        self.k_tiles = in_features.div_ceil(TILE_INPUTS);
-        let tile_row_lines = self.k_tiles * PAIR_LINES;
-        let num_lines = num_rows.div_ceil(LANES) * tile_row_lines;
-        if self.lines.len() < num_lines {
-            self.lines.resize(num_lines, Line([0; TILE_INPUTS]));
-        }
-        let lines = &mut self.lines[..num_lines];
+        let lines = self.lines_mut(num_rows, in_features);
+        let tile_row_lines = in_features.div_ceil(TILE_INPUTS) * PAIR_LINES;
         cpu.threads.share_chunks(lines, tile_row_lines, |tile, (): &mut (), tiles| {
             let first = tile * LANES;
             let rows = first..num_rows.min(first + LANES);
@@ -152,9 +162,49 @@ impl Left {
         });
     }
 
+    /// Room for some rows, to be written tile by tile from several threads.
+    fn shared(&mut self, num_rows: usize, in_features: usize) -> SharedTiles<'_> {
+        let lines = self.lines_mut(num_rows, in_features);
+        let tiles = lines.as_chunks_mut::<PAIR_LINES>().0;
+        let (data, len) = (tiles.as_mut_ptr(), tiles.len());
+        SharedTiles { data, len, k_tiles: self.k_tiles, borrowed: PhantomData }
+    }
+
     /// The tiles from some inputs on, of the 16 rows from `row` on.
     fn tiles(&self, row: usize, k_tile: usize) -> &[Line] {
         &self.lines[(row / LANES * self.k_tiles + k_tile) * PAIR_LINES..]
+    }
+}
+
+/// A left-hand side that several threads write at once, each its own tiles.
+#[derive(Clone, Copy)]
+pub(super) struct SharedTiles<'a> {
+    data: *mut [Line; PAIR_LINES],
+    len: usize,
+    k_tiles: usize,
+    borrowed: PhantomData<&'a mut [Line]>,
+}
+
+#[expect(unsafe_code, reason = "several threads write disjoint tiles")]
+// SAFETY: the memory is borrowed exclusively for `'a`; who takes a tile answers for there being no other.
+unsafe impl Send for SharedTiles<'_> {}
+
+#[expect(unsafe_code, reason = "several threads write disjoint tiles")]
+// SAFETY: as for `Send`.
+unsafe impl Sync for SharedTiles<'_> {}
+
+impl<'a> SharedTiles<'a> {
+    /// The tile of 16 rows, of which `row` is one, and of 32 inputs.
+    ///
+    /// # Safety
+    /// Nobody else may hold it meanwhile.
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "several threads write disjoint tiles")]
+    unsafe fn tile_mut(&self, row: usize, k_tile: usize) -> &'a mut [Line; PAIR_LINES] {
+        let index = row / LANES * self.k_tiles + k_tile;
+        assert!(k_tile < self.k_tiles && index < self.len, "outside of the tiles");
+        // SAFETY: inside the borrowed memory (asserted); the caller answers for exclusiveness.
+        unsafe { &mut *self.data.add(index) }
     }
 }
 
@@ -227,7 +277,17 @@ pub(super) enum Weights<'a> {
     Blocks(&'a BlockPanels),
 }
 
-/// `out = x * w`, finished: `(num_rows, in_features) -> (num_rows, num_outputs)`.
+/// What becomes of sums.
+#[derive(Clone, Copy)]
+pub(super) enum Output<'a> {
+    /// They are finished, and written to rows.
+    Rows(SharedRows<'a>, Finish<'a>),
+    /// The first half of the outputs are gates, the second half what they let through; the product is the left-hand
+    /// side of the next layer.
+    Gated { tiles: SharedTiles<'a>, activation: Activation, bias: Option<&'a [f32]> },
+}
+
+/// `out = x * w`: `(num_rows, in_features) -> (num_rows, out_features)`.
 pub(super) fn matmul(
     (cpu, tiles): (&Cpu, &Tiles),
     (x, num_rows): (Rows<'_>, usize),
@@ -236,16 +296,56 @@ pub(super) fn matmul(
 ) {
     let mut left = lock(&tiles.left);
     left.fill(cpu, (x, num_rows), in_features);
-    let left = &*left;
-    let num_pairs = out.width().div_ceil(PAIR_OUTPUTS);
+    let shape = (in_features, out.width());
+    multiply((cpu, tiles), (&left, num_rows), (weights, shape), Output::Rows(out, finish));
+}
+
+/// The same of a left-hand side that is in tiles already.
+pub(super) fn matmul_tiles(
+    (cpu, tiles): (&Cpu, &Tiles),
+    (x, num_rows): (&Left, usize),
+    (weights, in_features): (Weights<'_>, usize),
+    (out, finish): (SharedRows<'_>, Finish<'_>),
+) {
+    let shape = (in_features, out.width());
+    multiply((cpu, tiles), (x, num_rows), (weights, shape), Output::Rows(out, finish));
+}
+
+/// `out = activation(gate) * up`, in tiles, where `w` are the gates' weights and then as many of the ups', each
+/// whole pairs of panels.
+pub(super) fn matmul_gated(
+    (cpu, tiles): (&Cpu, &Tiles),
+    (x, num_rows): (Rows<'_>, usize),
+    (weights, (in_features, out_features)): (Weights<'_>, (usize, usize)),
+    (out, activation, bias): (&mut Left, Activation, Option<&[f32]>),
+) {
+    assert!(out_features.is_multiple_of(2 * PAIR_OUTPUTS), "gates and ups in pairs of panels");
+    let mut left = lock(&tiles.left);
+    left.fill(cpu, (x, num_rows), in_features);
+    let out = out.shared(num_rows, out_features / 2);
+    let shape = (in_features, out_features);
+    let out = Output::Gated { tiles: out, activation, bias };
+    multiply((cpu, tiles), (&left, num_rows), (weights, shape), out);
+}
+
+fn multiply(
+    (cpu, tiles): (&Cpu, &Tiles),
+    (left, num_rows): (&Left, usize),
+    (weights, (in_features, out_features)): (Weights<'_>, (usize, usize)),
+    out: Output<'_>,
+) {
+    // What is written together is computed together.
+    let num_stripes = if matches!(out, Output::Gated { .. }) { 2 } else { 1 };
+    let num_pairs = out_features.div_ceil(PAIR_OUTPUTS) / num_stripes;
     // Pieces with the same weights stand side by side: the weights are still in a cache.
     let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
-    let pieces_per_thread =
-        if num_rows > PAIR_ROWS { LARGE_PIECES_PER_THREAD } else { PIECES_PER_THREAD };
+    // A left-hand side of several blocks comes from far, again for each piece.
+    let is_read_again = num_rows > PAIR_ROWS && left.k_tiles > BLOCK;
+    let pieces_per_thread = if is_read_again { 1 } else { PIECES_PER_THREAD };
     let num_pair_pieces = pieces_per_thread * cpu.threads.num_threads();
     let piece_pairs = num_pairs.div_ceil(num_pair_pieces).clamp(1, PIECE_PAIRS);
     let num_pieces = num_row_pieces * num_pairs.div_ceil(piece_pairs);
-    cpu.threads.share(num_pieces, num_rows * in_features * out.width(), |piece| {
+    cpu.threads.share(num_pieces, num_rows * in_features * out_features, |piece| {
         let first_row = piece % num_row_pieces * PIECE_ROWS;
         let first_pair = piece / num_row_pieces * piece_pairs;
         let piece = Piece {
@@ -253,8 +353,8 @@ pub(super) fn matmul(
             rows: first_row..(first_row + PIECE_ROWS).min(num_rows),
             weights,
             pairs: first_pair..(first_pair + piece_pairs).min(num_pairs),
+            stripes: (num_stripes, num_pairs),
             out,
-            finish,
         };
         let mut scratch = lock(&tiles.threads[cpu.threads.current()]);
         run_beside_tiles(Multiply { piece, scratch: &mut scratch });
@@ -272,8 +372,9 @@ struct Piece<'a> {
     rows: Range<usize>,
     weights: Weights<'a>,
     pairs: Range<usize>,
-    out: SharedRows<'a>,
-    finish: Finish<'a>,
+    /// How many ranges of pairs there are, and how far each is from the one before.
+    stripes: (usize, usize),
+    out: Output<'a>,
 }
 
 /// A piece with the memory that it takes.
@@ -290,93 +391,158 @@ impl Kernel for Multiply<'_> {
 }
 
 impl Piece<'_> {
+    /// The weights of a block of inputs stay in a near cache while all rows pass, and what comes next is asked for
+    /// meanwhile, so that memory never rests. The left-hand side of a block passes once for every pair of panels.
     #[inline(always)]
     fn multiply<V: Vector>(&self, scratch: &mut Scratch) {
-        let Self { left, rows, weights, pairs, .. } = self;
+        let Self { left, rows, weights, pairs, stripes: (num_stripes, distance), .. } = self;
         let Scratch { sums, decoded } = scratch;
         let k_tiles = left.k_tiles;
         let num_row_pairs = rows.len().div_ceil(PAIR_ROWS);
-        ensure(sums, num_row_pairs * pairs.len() * SUMS, Lanes::ZERO);
-        ensure(decoded, pairs.len() * STRETCH * PAIR_LINES, Line([0; TILE_INPUTS]));
-        // Few rows don't come back to a weight.
-        let stretch = match weights {
-            Weights::Tiles(_) if num_row_pairs == 1 => k_tiles,
-            _ => STRETCH,
+        let block = match weights {
+            // Few rows don't come back to them: they stay in the nearest cache from decoding to multiplying.
+            Weights::Blocks(_) if num_row_pairs == 1 => SMALL_BLOCK,
+            _ => BLOCK,
         };
-        for first in (0..k_tiles).step_by(stretch) {
-            let len = stretch.min(k_tiles - first);
-            for row_pair in 0..num_row_pairs {
-                let row = rows.start + row_pair * PAIR_ROWS;
-                let shape = Shape::new((rows.end - row).min(PAIR_ROWS));
-                shape.configure();
-                for (index, pair) in pairs.clone().enumerate() {
-                    let right = match weights {
+        // Of one block nothing is kept but what is finished next.
+        let is_one_block = k_tiles <= block;
+        let stripe_sums = num_row_pairs * SUMS;
+        let unit_sums = num_stripes * stripe_sums;
+        ensure(sums, unit_sums * if is_one_block { 1 } else { pairs.len() }, Lanes::ZERO);
+        ensure(decoded, block * PAIR_LINES, Line([0; TILE_INPUTS]));
+        let mut configured = None;
+        for first in (0..k_tiles).step_by(block) {
+            let len = block.min(k_tiles - first);
+            for (index, pair) in pairs.clone().enumerate() {
+                let unit = if is_one_block { 0 } else { index };
+                let sums = &mut sums[unit * unit_sums..][..unit_sums];
+                for (stripe, sums) in sums.chunks_exact_mut(stripe_sums).enumerate() {
+                    let pair = stripe * distance + pair;
+                    let (right, next) = match weights {
                         Weights::Tiles(lines) => {
-                            &lines[(pair * k_tiles + first) * PAIR_LINES..][..len * PAIR_LINES]
+                            let at = |pair: usize| (pair * k_tiles + first) * PAIR_LINES;
+                            let next_pair = if stripe + 1 < *num_stripes {
+                                pair + distance
+                            } else {
+                                pair + 1 - stripe * distance
+                            };
+                            let next = lines.as_ptr().wrapping_add(at(next_pair));
+                            (&lines[at(pair)..][..len * PAIR_LINES], Some(next))
                         }
                         Weights::Blocks(w) => {
-                            let out =
-                                &mut decoded[index * STRETCH * PAIR_LINES..][..len * PAIR_LINES];
-                            if row_pair == 0 {
-                                Decode { w, pair, first, out }.run::<V>();
-                            }
-                            &*out
+                            let out = &mut decoded[..len * PAIR_LINES];
+                            Decode { w, pair, first, out }.run::<V>();
+                            (&*out, None)
                         }
                     };
-                    let operands = Operands {
-                        left: [
-                            left.tiles(row, first),
-                            if shape.second_rows > 0 {
-                                left.tiles(row + LANES, first)
-                            } else {
-                                &[]
-                            },
-                        ],
-                        right,
-                        ahead: match weights {
-                            Weights::Tiles(_) => ahead(row_pair, len),
-                            Weights::Blocks(_) => None,
-                        },
-                        is_first: first == 0,
-                    };
-                    let sums = &mut sums[(row_pair * pairs.len() + index) * SUMS..][..SUMS];
-                    shape.multiply(operands, len, sums);
+                    for (row_pair, sums) in sums.chunks_exact_mut(SUMS).enumerate() {
+                        let row = rows.start + row_pair * PAIR_ROWS;
+                        let shape = Shape::new((rows.end - row).min(PAIR_ROWS));
+                        if configured != Some(shape) {
+                            shape.configure();
+                            configured = Some(shape);
+                        }
+                        let second =
+                            if shape.has_second() { left.tiles(row + LANES, first) } else { &[] };
+                        let operands = Operands {
+                            left: [left.tiles(row, first), second],
+                            right,
+                            ahead: next.map(|next| ahead(right, next, (row_pair, num_row_pairs))),
+                            is_first: first == 0,
+                        };
+                        shape.multiply(operands, len, sums);
+                    }
+                }
+                if first + len == k_tiles {
+                    self.finish(pair, sums);
                 }
             }
         }
         release();
-        self.finish(sums);
+    }
+
+    /// Writes what has been summed up of a pair of panels, and of the pairs that belong to it.
+    #[inline(always)]
+    fn finish(&self, pair: usize, sums: &[Lanes]) {
+        match self.out {
+            Output::Rows(out, finish) => self.write(pair, sums, (out, finish)),
+            Output::Gated { tiles, activation, bias } => {
+                self.gate(pair, sums, tiles, (activation, bias));
+            }
+        }
     }
 
     #[inline(always)]
     #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
-    fn finish(&self, sums: &[Lanes]) {
-        let Self { rows, pairs, out, finish, .. } = self;
-        for (row_index, row) in rows.clone().enumerate() {
-            let (row_pair, tile_row) = (row_index / PAIR_ROWS, row_index % PAIR_ROWS);
-            for (index, pair) in pairs.clone().enumerate() {
-                let sums = &sums[(row_pair * pairs.len() + index) * SUMS..][..SUMS];
-                for half in 0..2 {
-                    let column = pair * PAIR_OUTPUTS + half * LANES;
-                    if column < out.width() {
-                        let sums = &sums[(tile_row / LANES * 2 + half) * LANES + tile_row % LANES];
-                        // SAFETY: the rows and columns of this piece are the runner's alone.
-                        unsafe { finish.write(*out, row, column, sums) };
-                    }
+    fn write(&self, pair: usize, sums: &[Lanes], (out, finish): (SharedRows<'_>, Finish<'_>)) {
+        for (index, row) in self.rows.clone().enumerate() {
+            for (half, sums) in sums_of(sums, index).into_iter().enumerate() {
+                let column = pair * PAIR_OUTPUTS + half * LANES;
+                if column < out.width() {
+                    // SAFETY: the rows and columns of this piece are the runner's alone.
+                    unsafe { finish.write(out, row, column, sums) };
                 }
             }
         }
     }
+
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "several threads write disjoint tiles")]
+    fn gate(
+        &self,
+        pair: usize,
+        sums: &[Lanes],
+        tiles: SharedTiles<'_>,
+        (activation, bias): (Activation, Option<&[f32]>),
+    ) {
+        let (gates, ups) = sums.split_at(sums.len() / 2);
+        for (index, row) in self.rows.clone().enumerate() {
+            let (gate, up) = (sums_of(gates, index), sums_of(ups, index));
+            let mut gated = [0.0; TILE_INPUTS];
+            for half in 0..2 {
+                let (mut gate, mut up) = (*gate[half], *up[half]);
+                if let Some(bias) = bias {
+                    let column = pair * PAIR_OUTPUTS + half * LANES;
+                    add(&mut gate, &bias[column..]);
+                    add(&mut up, &bias[bias.len() / 2 + column..]);
+                }
+                activate(activation, &mut gate.0);
+                for lane in 0..LANES {
+                    gated[half * LANES + lane] = gate.0[lane] * up.0[lane];
+                }
+            }
+            // SAFETY: the rows of this piece are whole tiles, and its pairs of panels are its alone.
+            let tile = unsafe { tiles.tile_mut(row, pair) };
+            cut(&gated, row % LANES, tile);
+        }
+    }
 }
 
-/// How far ahead weights are asked for: while the first rows read them, what comes right behind; while the second
-/// do, the next stretch.
+/// The two vectors of a row, of sums of some rows and a pair of panels.
 #[inline(always)]
-fn ahead(row_pair: usize, len: usize) -> Option<usize> {
-    match row_pair {
-        0 => Some(PAIR_LINES * LINE_BYTES),
-        1 => Some(len * PAIR_LINES * LINE_BYTES),
-        _ => None,
+fn sums_of(sums: &[Lanes], row: usize) -> [&Lanes; 2] {
+    let sums = &sums[row / PAIR_ROWS * SUMS..][..SUMS];
+    let row = row % PAIR_ROWS;
+    [0, 1].map(|half| &sums[(row / LANES * 2 + half) * LANES + row % LANES])
+}
+
+/// What is asked for while some rows pass: of one pair of tiles of rows what comes right behind, of several each
+/// its share of the next weights.
+#[inline(always)]
+fn ahead(right: &[Line], next: *const Line, (row_pair, num_row_pairs): (usize, usize)) -> Ahead {
+    if num_row_pairs == 1 {
+        let from = right.as_ptr().wrapping_add(PAIR_LINES);
+        return Ahead { from, lines_per_tile: PAIR_LINES };
+    }
+    let lines_per_tile = PAIR_LINES.div_ceil(num_row_pairs).next_power_of_two().max(4);
+    let share = right.len() / PAIR_LINES * lines_per_tile;
+    Ahead { from: next.wrapping_add(row_pair * share), lines_per_tile }
+}
+
+#[inline(always)]
+fn add(lanes: &mut Lanes, numbers: &[f32]) {
+    for (lane, number) in lanes.0.iter_mut().zip(numbers) {
+        *lane += number;
     }
 }
 
@@ -386,176 +552,7 @@ fn ensure<T: Copy>(memory: &mut Vec<T>, len: usize, value: T) {
     }
 }
 
-/// Vectors of sums of 32 rows and a pair of panels.
-const SUMS: usize = 4 * LANES;
-
-/// How many rows the two tiles of a left-hand side have.
-#[derive(Clone, Copy)]
-struct Shape {
-    first_rows: usize,
-    second_rows: usize,
-}
-
-/// What is multiplied.
-#[derive(Clone, Copy)]
-struct Operands<'a> {
-    /// Tiles of the first 16 rows and of the next.
-    left: [&'a [Line]; 2],
-    /// Tiles of a pair of panels.
-    right: &'a [Line],
-    /// Bytes ahead of the right-hand side that are asked for meanwhile, where it comes from far.
-    ahead: Option<usize>,
-    /// Whether there are no sums yet.
-    is_first: bool,
-}
-
-/// Bytes from a line to the next.
-const LINE_BYTES: usize = size_of::<Line>();
-
-/// Asks for sixteen lines of the right-hand side, `ahead` and some bytes ahead of where it is.
-macro_rules! ask_ahead {
-    ($from:literal) => {
-        concat!(
-            ask_ahead!($from, 0, 64, 128, 192, 256, 320, 384, 448),
-            ask_ahead!($from, 512, 576, 640, 704, 768, 832, 896, 960)
-        )
-    };
-    ($from:literal, $($line:literal),*) => {
-        concat!($("prefetcht0 [{right} + {ahead} + ", $from, " + ", $line, "]\n"),*)
-    };
-}
-
-/// A function that adds the products of `len` pairs of tiles: 16 rows times two panels.
-macro_rules! define_multiply_16 {
-    ($name:ident, $ahead_0:expr, $ahead_1:expr, $($ahead:ident)?) => {
-        /// # Safety
-        /// The shape must be configured, and the memory be there: `len` times 32 lines of each operand, four
-        /// tiles of sums.
-        #[expect(unsafe_code, reason = "instructions of the unit")]
-        unsafe fn $name(
-            left: *const Line,
-            right: *const Line,
-            len: usize,
-            (sums, is_first): (*mut Lanes, bool),
-            $($ahead: usize,)?
-        ) {
-            // SAFETY: the caller answers for it. The compiler uses no tiles, so they keep what they hold.
-            unsafe {
-                if is_first {
-                    asm!("tilezero tmm0", "tilezero tmm1", options(nostack, nomem));
-                } else {
-                    asm!(
-                        "tileloadd tmm0, [{sums} + {line}]",
-                        "tileloadd tmm1, [{sums} + {line} + 1024]",
-                        sums = in(reg) sums, line = in(reg) LINE_BYTES, options(nostack, readonly)
-                    );
-                }
-                asm!(
-                    "2:",
-                    "tileloadd tmm4, [{right} + {line}]",
-                    "tileloadd tmm6, [{left} + {line}]",
-                    $ahead_0,
-                    "tileloadd tmm5, [{right} + {line} + 1024]",
-                    "tdpbf16ps tmm0, tmm6, tmm4",
-                    "tdpbf16ps tmm1, tmm6, tmm5",
-                    "tileloadd tmm7, [{left} + {line} + 1024]",
-                    $ahead_1,
-                    "tdpbf16ps tmm0, tmm7, tmm4",
-                    "tdpbf16ps tmm1, tmm7, tmm5",
-                    "add {left}, 2048",
-                    "add {right}, 2048",
-                    "dec {len}",
-                    "jnz 2b",
-                    left = inout(reg) left => _, right = inout(reg) right => _,
-                    len = inout(reg) len => _, line = in(reg) LINE_BYTES,
-                    $($ahead = in(reg) $ahead,)? options(nostack, readonly)
-                );
-                asm!(
-                    "tilestored [{sums} + {line}], tmm0",
-                    "tilestored [{sums} + {line} + 1024], tmm1",
-                    sums = in(reg) sums, line = in(reg) LINE_BYTES, options(nostack)
-                );
-            }
-        }
-    };
-}
-
-/// The same for 17 to 32 rows.
-macro_rules! define_multiply_32 {
-    ($name:ident, $ahead_0:expr, $ahead_1:expr, $($ahead:ident)?) => {
-        /// # Safety
-        /// The shape must be configured, and the memory be there: `len` times 32 lines of each operand, four
-        /// tiles of sums.
-        #[expect(unsafe_code, reason = "instructions of the unit")]
-        unsafe fn $name(
-            (first, second): (*const Line, *const Line),
-            right: *const Line,
-            len: usize,
-            (sums, is_first): (*mut Lanes, bool),
-            $($ahead: usize,)?
-        ) {
-            // SAFETY: the caller answers for it. The compiler uses no tiles, so they keep what they hold.
-            unsafe {
-                if is_first {
-                    asm!(
-                        "tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3",
-                        options(nostack, nomem)
-                    );
-                } else {
-                    asm!(
-                        "tileloadd tmm0, [{sums} + {line}]",
-                        "tileloadd tmm1, [{sums} + {line} + 1024]",
-                        "tileloadd tmm2, [{sums} + {line} + 2048]",
-                        "tileloadd tmm3, [{sums} + {line} + 3072]",
-                        sums = in(reg) sums, line = in(reg) LINE_BYTES, options(nostack, readonly)
-                    );
-                }
-                asm!(
-                    "2:",
-                    "tileloadd tmm4, [{right} + {line}]",
-                    "tileloadd tmm6, [{first} + {line}]",
-                    "tileloadd tmm7, [{second} + {line}]",
-                    "tdpbf16ps tmm0, tmm6, tmm4",
-                    "tileloadd tmm5, [{right} + {line} + 1024]",
-                    $ahead_0,
-                    "tdpbf16ps tmm2, tmm7, tmm4",
-                    "tdpbf16ps tmm1, tmm6, tmm5",
-                    "tdpbf16ps tmm3, tmm7, tmm5",
-                    "tileloadd tmm6, [{first} + {line} + 1024]",
-                    "tileloadd tmm7, [{second} + {line} + 1024]",
-                    $ahead_1,
-                    "tdpbf16ps tmm0, tmm6, tmm4",
-                    "tdpbf16ps tmm2, tmm7, tmm4",
-                    "tdpbf16ps tmm1, tmm6, tmm5",
-                    "tdpbf16ps tmm3, tmm7, tmm5",
-                    "add {first}, 2048",
-                    "add {second}, 2048",
-                    "add {right}, 2048",
-                    "dec {len}",
-                    "jnz 2b",
-                    first = inout(reg) first => _, second = inout(reg) second => _,
-                    right = inout(reg) right => _, len = inout(reg) len => _,
-                    line = in(reg) LINE_BYTES, $($ahead = in(reg) $ahead,)?
-                    options(nostack, readonly)
-                );
-                asm!(
-                    "tilestored [{sums} + {line}], tmm0",
-                    "tilestored [{sums} + {line} + 1024], tmm1",
-                    "tilestored [{sums} + {line} + 2048], tmm2",
-                    "tilestored [{sums} + {line} + 3072], tmm3",
-                    sums = in(reg) sums, line = in(reg) LINE_BYTES, options(nostack)
-                );
-            }
-        }
-    };
-}
-
-define_multiply_16!(multiply_16, "", "",);
-define_multiply_16!(multiply_16_streamed, ask_ahead!(0), ask_ahead!(1024), ahead);
-define_multiply_32!(multiply_32, "", "",);
-define_multiply_32!(multiply_32_streamed, ask_ahead!(0), ask_ahead!(1024), ahead);
-
-/// Decodes a stretch of a pair of panels into tiles.
+/// Decodes some inputs of a pair of panels into tiles.
 struct Decode<'a> {
     w: &'a BlockPanels,
     pair: usize,
@@ -582,77 +579,4 @@ impl Kernel for Decode<'_> {
             }
         }
     }
-}
-
-impl Shape {
-    fn new(num_rows: usize) -> Self {
-        let first_rows = num_rows.min(LANES);
-        Self { first_rows, second_rows: num_rows - first_rows }
-    }
-
-    /// Tells the unit of this thread how many rows its tiles have: 0 to 3 are sums, 4 and 5 weights, 6 and 7
-    /// left-hand sides, which are of the same rows if there are no more than 16.
-    #[expect(unsafe_code, reason = "an instruction of the unit")]
-    fn configure(self) {
-        let mut config = Config {
-            palette: 1,
-            start_row: 0,
-            reserved: [0; 14],
-            line_bytes: [0; 16],
-            rows: [0; 16],
-        };
-        let (first, second) = (self.first_rows as u8, self.second_rows as u8);
-        let last = if second == 0 { first } else { second };
-        let rows = [first, first, second, second, LANES as u8, LANES as u8, first, last];
-        for (tile, rows) in rows.into_iter().enumerate().filter(|(_, rows)| *rows > 0) {
-            config.rows[tile] = rows;
-            config.line_bytes[tile] = LINE_BYTES as u16;
-        }
-        // SAFETY: 64 bytes are read; who multiplies has seen that the unit is there.
-        unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly)) };
-    }
-
-    /// Adds the products of `len` tiles along the inputs to the sums.
-    fn multiply(self, operands: Operands<'_>, len: usize, sums: &mut [Lanes]) {
-        let Operands { left: [first, second], right, ahead, is_first } = operands;
-        let num_lines = len * PAIR_LINES;
-        assert!(first.len() >= num_lines && right.len() >= num_lines && sums.len() >= SUMS);
-        assert!(self.second_rows == 0 || second.len() >= num_lines);
-        let (first, second, right) = (first.as_ptr(), second.as_ptr(), right.as_ptr());
-        let sums = (sums.as_mut_ptr(), is_first);
-        #[expect(unsafe_code, reason = "instructions of the unit")]
-        // SAFETY: the shape is configured; of each operand `len` times 32 lines are read, the sums are four
-        // tiles (asserted). Lines ahead are only asked for, which does no harm where there are none.
-        unsafe {
-            match (self.second_rows > 0, ahead) {
-                (false, None) => multiply_16(first, right, len, sums),
-                (false, Some(ahead)) => {
-                    multiply_16_streamed(first, right, len, sums, ahead);
-                }
-                (true, None) => multiply_32((first, second), right, len, sums),
-                (true, Some(ahead)) => {
-                    multiply_32_streamed((first, second), right, len, sums, ahead);
-                }
-            }
-        }
-    }
-}
-
-/// What `ldtilecfg` reads.
-#[repr(C, align(64))]
-struct Config {
-    palette: u8,
-    start_row: u8,
-    reserved: [u8; 14],
-    line_bytes: [u16; 16],
-    rows: [u8; 16],
-}
-
-const _: () = assert!(size_of::<Config>() == 64);
-
-/// Gives the tiles back: a thread without them is cheaper to interrupt.
-#[expect(unsafe_code, reason = "an instruction of the unit")]
-fn release() {
-    // SAFETY: who multiplies has seen that the unit is there.
-    unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }

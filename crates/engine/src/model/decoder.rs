@@ -140,10 +140,10 @@ impl Model {
         mlp.widen(cpu, (normed.rows(), num_rows), &mut scratch.dense);
         let Some(norm) = &layer.mlp_output_norm else {
             let out = (hidden.shared_from(first), Epilogue::Add);
-            mlp.narrow(cpu, num_rows, &scratch.dense, out);
+            mlp.narrow(cpu, (&scratch.dense, num_rows), out);
             return;
         };
-        mlp.narrow(cpu, num_rows, &scratch.dense, (normed.shared(), Epilogue::Store));
+        mlp.narrow(cpu, (&scratch.dense, num_rows), (normed.shared(), Epilogue::Store));
         let out = (hidden.shared_from(first), Epilogue::Add);
         rms_norm(cpu, (normed.rows(), &all_rows[..num_rows]), self.norm_of(norm), out);
     }

@@ -3,10 +3,9 @@
 //!
 //! A token adds up its experts in their order, so the sum does not depend on what else is in the step.
 
-use crate::config::{Activation, ModelConfig};
+use crate::config::ModelConfig;
 use crate::kernels::{
-    Activations, Cpu, Epilogue, Kernel, Linear, Rows, SharedRows, Vector, gated, matmul,
-    softmax_row,
+    Activations, Cpu, Epilogue, Inner, Kernel, Linear, Mlp, Vector, matmul, softmax_row,
 };
 
 /// What stands behind the norm of a layer's second half.
@@ -16,16 +15,6 @@ pub(crate) enum FeedForward {
     Dense(Mlp),
     /// Several.
     Experts(Experts),
-}
-
-/// `down(activation(gate(x)) * up(x))`
-#[derive(Debug)]
-pub(crate) struct Mlp {
-    pub(crate) activation: Activation,
-    /// Gates, and behind them ups: `(2 * intermediate_size, hidden_size)`.
-    pub(crate) gate_up: Linear,
-    /// `(hidden_size, intermediate_size)`
-    pub(crate) down: Linear,
 }
 
 /// Networks of which each token goes through a few.
@@ -48,15 +37,6 @@ pub(crate) struct Scratch {
     routed: Option<Routed>,
 }
 
-/// What lies between the layers of one network.
-#[derive(Debug)]
-pub(crate) struct Inner {
-    /// `(num_rows, 2 * intermediate_size)`
-    gate_up: Activations,
-    /// `(num_rows, intermediate_size)`
-    activated: Activations,
-}
-
 /// What experts need beside.
 #[derive(Debug)]
 struct Routed {
@@ -74,46 +54,16 @@ struct Routed {
 impl Scratch {
     /// Memory for `max_rows` rows at a time.
     pub(crate) fn new(config: &ModelConfig, max_rows: usize) -> Self {
-        let has_dense = config.layers.iter().any(|layer| !layer.experts);
-        let dense_rows = if has_dense { max_rows } else { 0 };
         Self {
-            dense: Inner::new(dense_rows, config.intermediate_size),
+            dense: Inner::new(config.intermediate_size),
             routed: config.experts.map(|experts| Routed {
                 scores: Activations::new(max_rows, experts.num_experts),
                 chosen: Vec::with_capacity(max_rows * experts.num_experts_per_token),
                 rows: Vec::with_capacity(max_rows),
                 gathered: Activations::new(max_rows, config.hidden_size),
-                inner: Inner::new(max_rows, experts.intermediate_size),
+                inner: Inner::new(experts.intermediate_size),
             }),
         }
-    }
-}
-
-impl Inner {
-    fn new(num_rows: usize, intermediate_size: usize) -> Self {
-        Self {
-            gate_up: Activations::new(num_rows, 2 * intermediate_size),
-            activated: Activations::new(num_rows, intermediate_size),
-        }
-    }
-}
-
-impl Mlp {
-    /// `inner = activation(gate(x)) * up(x)`
-    pub(crate) fn widen(&self, cpu: &Cpu, (x, num_rows): (Rows<'_>, usize), inner: &mut Inner) {
-        matmul(cpu, (x, num_rows), &self.gate_up, (inner.gate_up.shared(), Epilogue::Store));
-        gated(cpu, self.activation, (inner.gate_up.rows(), num_rows), inner.activated.shared());
-    }
-
-    /// `out = down(inner)`, or added to `out`.
-    pub(crate) fn narrow(
-        &self,
-        cpu: &Cpu,
-        num_rows: usize,
-        inner: &Inner,
-        out: (SharedRows<'_>, Epilogue),
-    ) {
-        matmul(cpu, (inner.activated.rows(), num_rows), &self.down, out);
     }
 }
 
@@ -148,7 +98,7 @@ impl Experts {
                 gathered.row_mut(i).copy_from_slice(x.row(*row));
             }
             expert.widen(cpu, (gathered.rows(), rows.len()), inner);
-            expert.narrow(cpu, rows.len(), inner, (gathered.shared(), Epilogue::Store));
+            expert.narrow(cpu, (inner, rows.len()), (gathered.shared(), Epilogue::Store));
             for (i, (row, weight)) in rows.iter().enumerate() {
                 let hidden = hidden.row_mut(first + row);
                 for (hidden, x) in hidden.iter_mut().zip(gathered.row(i)) {

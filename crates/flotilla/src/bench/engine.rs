@@ -38,7 +38,7 @@ struct Report {
     weight_bytes: u64,
     /// As they are stored if not given.
     precision: Option<&'static str>,
-    kv_cache_dtype: &'static str,
+    kv_cache_dtype: String,
     instruction_set: &'static str,
     input_len: u32,
     output_len: u32,
@@ -98,16 +98,19 @@ impl Report {
         let threads = options.threads.map_or(EngineConfig::default().threads, |n| n as usize);
         let machine = MachineLimits::measure(threads)?;
         let floor = Floor::new(&footprint, options, &machine);
+        let mut kv_cache_dtype = String::new();
         let rows = options.batch.iter().map(|batch| {
             let measured = job::measure_in_process(options, &model_path, *batch)?;
+            kv_cache_dtype.clone_from(&measured.kv_cache_dtype);
             Row::of(*batch, &measured, options, &floor)
         });
+        let rows = rows.collect::<anyhow::Result<_>>()?;
         Ok(Self {
             model: engine::model_name(&model_path),
             parameters: footprint.num_parameters(),
             weight_bytes: footprint.weight_bytes(options.precision),
             precision: options.precision.map(engine::Precision::name),
-            kv_cache_dtype: options.kv_cache_dtype.name(),
+            kv_cache_dtype,
             instruction_set: options.instruction_set.unwrap_or_else(InstructionSet::detect).name(),
             input_len: options.input_len,
             output_len: options.output_len,
@@ -118,7 +121,7 @@ impl Report {
                 operations_per_second: machine.operations_per_second,
                 operations_format: machine.fastest_format.name(),
             },
-            rows: rows.collect::<anyhow::Result<_>>()?,
+            rows,
         })
     }
 

@@ -94,9 +94,9 @@ pub(crate) struct EngineBench {
     /// How weights are kept in memory [default: as the checkpoint stores them].
     #[arg(long, value_name = "NAME", value_parser = named(&Precision::ALL, Precision::name))]
     pub(crate) precision: Option<Precision>,
-    /// How the KV cache keeps keys and values.
-    #[arg(long, value_name = "NAME", default_value_t = EngineConfig::default().kv_cache_dtype, value_parser = named(&KvCacheDtype::ALL, KvCacheDtype::name))]
-    pub(crate) kv_cache_dtype: KvCacheDtype,
+    /// How the KV cache keeps keys and values [default: fp16, fp32 beside weights in fp32].
+    #[arg(long, value_name = "NAME", value_parser = named(&KvCacheDtype::ALL, KvCacheDtype::name))]
+    pub(crate) kv_cache_dtype: Option<KvCacheDtype>,
     /// What computes: amx, avx512, avx2 or portable, as far as the machine has it [default: the best].
     #[arg(long, value_name = "NAME")]
     pub(crate) instruction_set: Option<InstructionSet>,

@@ -29,6 +29,8 @@ pub(super) struct Measured {
     pub(super) load_seconds: f64,
     /// Tokens that the KV cache holds.
     pub(super) kv_cache_tokens: usize,
+    /// How it keeps them.
+    pub(super) kv_cache_dtype: String,
 }
 
 /// A batch that was answered.
@@ -86,6 +88,7 @@ pub(super) fn measure(options: &EngineBench) -> anyhow::Result<Measured> {
         peak_memory_bytes: peak_memory_bytes_of(std::process::id()),
         load_seconds,
         kv_cache_tokens: engine.stats().kv_blocks_total * engine::step::BLOCK_SIZE,
+        kv_cache_dtype: engine.kv_cache_dtype().to_string(),
     })
 }
 
@@ -201,7 +204,7 @@ pub(super) fn measure_in_process(
     option("--output-len", Some(options.output_len.to_string()));
     option("--batch", Some(batch.to_string()));
     option("--precision", options.precision.map(|precision| precision.to_string()));
-    option("--kv-cache-dtype", Some(options.kv_cache_dtype.to_string()));
+    option("--kv-cache-dtype", options.kv_cache_dtype.map(|dtype| dtype.to_string()));
     option("--instruction-set", options.instruction_set.map(|set| set.to_string()));
     option("--threads", options.threads.map(|threads| threads.to_string()));
     option("--max-num-seqs", options.max_num_seqs.map(|seqs| seqs.to_string()));
