@@ -46,11 +46,12 @@ const PIECE_PAIRS: usize = 16;
 /// Pieces of work for each thread, where there is enough of it: small pieces end at the same time.
 const PIECES_PER_THREAD: usize = 8;
 
-/// Tiles along the inputs after which other outputs take their turn: those of a piece's rows stay in the second cache.
+/// Tiles along the inputs after which other outputs take their turn: those of a piece's rows stay in the second
+/// cache.
 const BLOCK: usize = 28;
 
-/// The same of few rows whose weights are decoded.
-const SMALL_BLOCK: usize = 8;
+/// Tiles along the inputs that are decoded at a time for few rows.
+const STRETCH: usize = 8;
 
 /// A line of a tile: of the left-hand side 32 inputs of a row, of the right-hand side 2 inputs of 16 outputs.
 pub(super) use super::lanes::Bf16Pairs as Line;
@@ -399,66 +400,83 @@ impl Piece<'_> {
         let Scratch { sums, decoded } = scratch;
         let k_tiles = left.k_tiles;
         let num_row_pairs = rows.len().div_ceil(PAIR_ROWS);
-        let block = match weights {
-            // Few rows don't come back to them: they stay in the nearest cache from decoding to multiplying.
-            Weights::Blocks(_) if num_row_pairs == 1 => SMALL_BLOCK,
-            _ => BLOCK,
+        let (block, stretch) = match weights {
+            // Few rows don't come back to a weight: memory is read from one end to the other, and what is decoded
+            // stays in the nearest cache until it is multiplied.
+            Weights::Tiles(_) if num_row_pairs == 1 => (k_tiles, k_tiles),
+            Weights::Blocks(_) if num_row_pairs == 1 => (k_tiles, STRETCH),
+            _ => (BLOCK, BLOCK),
         };
         // Of one block nothing is kept but what is finished next.
         let is_one_block = k_tiles <= block;
         let stripe_sums = num_row_pairs * SUMS;
         let unit_sums = num_stripes * stripe_sums;
         ensure(sums, unit_sums * if is_one_block { 1 } else { pairs.len() }, Lanes::ZERO);
-        ensure(decoded, block * PAIR_LINES, Line([0; TILE_INPUTS]));
         let mut configured = None;
         for first in (0..k_tiles).step_by(block) {
-            let len = block.min(k_tiles - first);
+            let end = k_tiles.min(first + block);
             for (index, pair) in pairs.clone().enumerate() {
                 let unit = if is_one_block { 0 } else { index };
                 let sums = &mut sums[unit * unit_sums..][..unit_sums];
                 for (stripe, sums) in sums.chunks_exact_mut(stripe_sums).enumerate() {
-                    let pair = stripe * distance + pair;
-                    let (right, next) = match weights {
-                        Weights::Tiles(lines) => {
-                            let at = |pair: usize| (pair * k_tiles + first) * PAIR_LINES;
-                            let next_pair = if stripe + 1 < *num_stripes {
-                                pair + distance
-                            } else {
-                                pair + 1 - stripe * distance
-                            };
-                            let next = lines.as_ptr().wrapping_add(at(next_pair));
-                            (&lines[at(pair)..][..len * PAIR_LINES], Some(next))
-                        }
-                        Weights::Blocks(w) => {
-                            let out = &mut decoded[..len * PAIR_LINES];
-                            Decode { w, pair, first, out }.run::<V>();
-                            (&*out, None)
-                        }
-                    };
-                    for (row_pair, sums) in sums.chunks_exact_mut(SUMS).enumerate() {
-                        let row = rows.start + row_pair * PAIR_ROWS;
-                        let shape = Shape::new((rows.end - row).min(PAIR_ROWS));
-                        if configured != Some(shape) {
-                            shape.configure();
-                            configured = Some(shape);
-                        }
-                        let second =
-                            if shape.has_second() { left.tiles(row + LANES, first) } else { &[] };
-                        let operands = Operands {
-                            left: [left.tiles(row, first), second],
-                            right,
-                            ahead: next.map(|next| ahead(right, next, (row_pair, num_row_pairs))),
-                            is_first: first == 0,
-                        };
-                        shape.multiply(operands, len, sums);
+                    let last = stripe + 1 == *num_stripes;
+                    let next = if last { pair + 1 } else { pair + (stripe + 1) * distance };
+                    let pairs = (pair + stripe * distance, next);
+                    for start in (first..end).step_by(stretch) {
+                        let inputs = start..end.min(start + stretch);
+                        self.add_products::<V>(pairs, inputs, (decoded, &mut configured), sums);
                     }
                 }
-                if first + len == k_tiles {
+                if end == k_tiles {
                     self.finish(pair, sums);
                 }
             }
         }
         release();
+    }
+
+    /// Adds what some inputs (tiles of them) give of a pair of panels, to the sums of all rows. The next pair's are
+    /// needed afterwards.
+    #[inline(always)]
+    fn add_products<V: Vector>(
+        &self,
+        (pair, next): (usize, usize),
+        inputs: Range<usize>,
+        (decoded, configured): (&mut Vec<Line>, &mut Option<Shape>),
+        sums: &mut [Lanes],
+    ) {
+        let Self { left, rows, weights, .. } = self;
+        let (first, len) = (inputs.start, inputs.len());
+        let (right, next) = match weights {
+            Weights::Tiles(lines) => {
+                let at = |pair: usize| (pair * left.k_tiles + first) * PAIR_LINES;
+                let next = lines.as_ptr().wrapping_add(at(next));
+                (&lines[at(pair)..][..len * PAIR_LINES], Some(next))
+            }
+            Weights::Blocks(w) => {
+                ensure(decoded, len * PAIR_LINES, Line([0; TILE_INPUTS]));
+                let out = &mut decoded[..len * PAIR_LINES];
+                Decode { w, pair, first, out }.run::<V>();
+                (&*out, None)
+            }
+        };
+        let num_row_pairs = sums.len() / SUMS;
+        for (row_pair, sums) in sums.chunks_exact_mut(SUMS).enumerate() {
+            let row = rows.start + row_pair * PAIR_ROWS;
+            let shape = Shape::new((rows.end - row).min(PAIR_ROWS));
+            if *configured != Some(shape) {
+                shape.configure();
+                *configured = Some(shape);
+            }
+            let second = if shape.has_second() { left.tiles(row + LANES, first) } else { &[] };
+            let operands = Operands {
+                left: [left.tiles(row, first), second],
+                right,
+                ahead: next.map(|next| ahead(right, next, (row_pair, num_row_pairs))),
+                is_first: first == 0,
+            };
+            shape.multiply(operands, len, sums);
+        }
     }
 
     /// Writes what has been summed up of a pair of panels, and of the pairs that belong to it.
