@@ -118,8 +118,8 @@ impl Model {
         &self.config
     }
 
-    /// Whether its layers' weights are `f32`.
-    pub(crate) fn is_fp32(&self) -> bool {
+    /// Whether the weights that make keys and values are `f32`.
+    pub(crate) fn has_fp32_keys(&self) -> bool {
         self.layers.iter().all(|layer| layer.qkv.weight.is_f32())
     }
 

@@ -119,7 +119,7 @@ impl Runner {
             "model loaded"
         );
         // Keys and values are rounded no more than the weights that make them.
-        let finest = if model.is_fp32() { KvCacheDtype::Fp32 } else { KvCacheDtype::Fp16 };
+        let usual = if model.has_fp32_keys() { KvCacheDtype::Fp32 } else { KvCacheDtype::Fp16 };
         Ok(Self {
             model,
             cpu,
@@ -127,7 +127,7 @@ impl Runner {
             cache: None,
             buffers,
             max_num_batched_tokens: options.max_num_batched_tokens,
-            kv_cache_dtype: options.kv_cache_dtype.unwrap_or(finest),
+            kv_cache_dtype: options.kv_cache_dtype.unwrap_or(usual),
             available_memory,
         })
     }

@@ -146,6 +146,21 @@ fn logits_of_every_kv_cache_dtype_are_near_to_fp32() {
 }
 
 #[test]
+fn kv_cache_is_in_half_precision_unless_the_weights_are_in_fp32() {
+    let dtype = |name: &str, precision, kv_cache_dtype| {
+        let options = RunnerOptions { precision, kv_cache_dtype, ..RunnerOptions::default() };
+        Runner::load(&fixture(name), &options).unwrap().kv_cache_dtype()
+    };
+    let (fp32, fp16) = (KvCacheDtype::Fp32, KvCacheDtype::Fp16);
+    assert_eq!(dtype("llama-gqa", None, None), fp32);
+    assert_eq!(dtype("llama-gqa", Some(Precision::Q8_0), None), fp16);
+    assert_eq!(dtype("llama-bf16", None, None), fp16);
+    assert_eq!(dtype("llama-f16", None, None), fp16);
+    assert_eq!(dtype("llama-bf16", Some(Precision::Fp32), None), fp32);
+    assert_eq!(dtype("llama-bf16", None, Some(KvCacheDtype::Q8)), KvCacheDtype::Q8);
+}
+
+#[test]
 fn less_precision_takes_less_memory() {
     let folder = synthetic();
     let weights = |precision| {

@@ -269,7 +269,7 @@ mod tests {
     #[test]
     fn every_format_multiplies_as_what_it_decodes_to() {
         for format in formats() {
-            for (rows, k, n) in [(1, 256, 16), (3, 512, 70), (9, 256, 33), (100, 768, 5)] {
+            for (rows, k, n) in [(1, 256, 16), (3, 512, 70), (9, 256, 33), (100, 1024, 70)] {
                 check(rows, k, &[(format, n)], rows % 2 == 1);
             }
         }
@@ -278,7 +278,8 @@ mod tests {
     /// A row's products don't depend on the rows beside it: 1, 16, 17, 32, 33 and 300 rows take different ways.
     #[test]
     fn a_row_is_multiplied_alike_whatever_stands_beside_it() {
-        let (k, n) = (768, 70);
+        // More inputs than a matrix unit takes in one block, and several pairs of panels.
+        let (k, n) = (1024, 150);
         let block = Format::Block(BlockFormat::Q8_0);
         for format in [Format::F32, Format::F16, Format::Bf16, block] {
             for simd in Simd::available() {

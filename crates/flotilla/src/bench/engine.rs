@@ -98,19 +98,18 @@ impl Report {
         let threads = options.threads.map_or(EngineConfig::default().threads, |n| n as usize);
         let machine = MachineLimits::measure(threads)?;
         let floor = Floor::new(&footprint, options, &machine);
-        let mut kv_cache_dtype = String::new();
-        let rows = options.batch.iter().map(|batch| {
-            let measured = job::measure_in_process(options, &model_path, *batch)?;
-            kv_cache_dtype.clone_from(&measured.kv_cache_dtype);
-            Row::of(*batch, &measured, options, &floor)
-        });
-        let rows = rows.collect::<anyhow::Result<_>>()?;
+        let batches = options.batch.iter();
+        let measured = batches.map(|batch| job::measure_in_process(options, &model_path, *batch));
+        let measured = measured.collect::<anyhow::Result<Vec<_>>>()?;
+        let rows = options.batch.iter().zip(&measured);
+        let rows = rows.map(|(batch, measured)| Row::of(*batch, measured, options, &floor));
+        let first = measured.first().context("no batch was measured")?;
         Ok(Self {
             model: engine::model_name(&model_path),
             parameters: footprint.num_parameters(),
             weight_bytes: footprint.weight_bytes(options.precision),
             precision: options.precision.map(engine::Precision::name),
-            kv_cache_dtype,
+            kv_cache_dtype: first.kv_cache_dtype.clone(),
             instruction_set: options.instruction_set.unwrap_or_else(InstructionSet::detect).name(),
             input_len: options.input_len,
             output_len: options.output_len,
@@ -121,7 +120,7 @@ impl Report {
                 operations_per_second: machine.operations_per_second,
                 operations_format: machine.fastest_format.name(),
             },
-            rows,
+            rows: rows.collect::<anyhow::Result<_>>()?,
         })
     }
 

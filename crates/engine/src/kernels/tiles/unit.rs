@@ -35,7 +35,7 @@ pub(super) struct Operands<'a> {
 pub(super) struct Ahead {
     /// The first of them. Nothing is read: it may lie behind the end.
     pub(super) from: *const Line,
-    /// How many are asked for with each tile along the inputs; rounded up to a power of two, 4 to 32.
+    /// How many are asked for with each tile along the inputs: 4, 8, 16 or 32.
     pub(super) lines_per_tile: usize,
 }
 
@@ -247,18 +247,18 @@ impl Shape {
             if self.second_rows == 0 {
                 let multiply = match lines {
                     0 => multiply_16,
-                    1..=4 => multiply_16_ask_4,
-                    5..=8 => multiply_16_ask_8,
-                    9..=16 => multiply_16_ask_16,
+                    4 => multiply_16_ask_4,
+                    8 => multiply_16_ask_8,
+                    16 => multiply_16_ask_16,
                     _ => multiply_16_ask_32,
                 };
                 multiply(first, right, len, sums, next);
             } else {
                 let multiply = match lines {
                     0 => multiply_32,
-                    1..=4 => multiply_32_ask_4,
-                    5..=8 => multiply_32_ask_8,
-                    9..=16 => multiply_32_ask_16,
+                    4 => multiply_32_ask_4,
+                    8 => multiply_32_ask_8,
+                    16 => multiply_32_ask_16,
                     _ => multiply_32_ask_32,
                 };
                 multiply((first, second), right, len, sums, next);
