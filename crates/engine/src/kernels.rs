@@ -10,6 +10,7 @@
 mod activations;
 mod blocks;
 mod elementwise;
+mod int8;
 mod lanes;
 mod matmul;
 mod memory;
@@ -22,6 +23,7 @@ mod tiles;
 
 use std::fmt::{Display, Formatter};
 use std::str::FromStr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::precision::{UnknownName, find};
 
@@ -37,6 +39,17 @@ pub(crate) use packed::{PackedMatrix, RowSource, packed_bytes};
 pub(crate) use product::{Finish, Operand, Product, Tiled, accumulate, fetch, for_each_tile};
 pub(crate) use threads::Threads;
 
+/// Outputs of a pair of panels, whose tiles lie side by side.
+const PAIR_OUTPUTS: usize = 2 * LANES;
+
+/// Lines of two tiles: of a pair of panels, or of the two parts of 16 rows.
+const PAIR_LINES: usize = 2 * LANES;
+
+/// Memory that is used again: what a thread that panicked leaves is written before it is read.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// What computes: an instruction set, and threads to share the work.
 #[derive(Debug)]
 pub(crate) struct Cpu {
@@ -44,6 +57,8 @@ pub(crate) struct Cpu {
     pub(crate) simd: Simd,
     /// The threads.
     pub(crate) threads: Threads,
+    /// Left-hand sides of products of whole numbers.
+    quantised: Mutex<int8::QuantisedRows>,
     /// What products on the matrix unit need.
     #[cfg(target_arch = "x86_64")]
     tiles: Option<tiles::Tiles>,
@@ -53,6 +68,7 @@ impl Cpu {
     /// What computes on an instruction set and some threads.
     pub(crate) fn new(simd: Simd, threads: Threads) -> Self {
         Self {
+            quantised: Mutex::default(),
             #[cfg(target_arch = "x86_64")]
             tiles: simd.has_matrix_unit().then(|| tiles::Tiles::new(threads.num_threads())),
             simd,

@@ -26,6 +26,8 @@ pub enum Precision {
     Bf16,
     /// 8 bits, a scale for every 32 weights: 8.5 bits a weight.
     Q8_0,
+    /// 8 bits, a scale for every output; activations are rounded to 16 bits.
+    Int8,
     /// 6 bits, a scale for every 16 weights: 6.6 bits a weight.
     Q6K,
     /// 4 bits, a scale and a minimum for every 32 weights: 4.6 bits a weight.
@@ -58,8 +60,8 @@ pub enum MatrixRole {
 
 impl Precision {
     /// Every precision, the finest first.
-    pub const ALL: [Self; 6] =
-        [Self::Fp32, Self::Fp16, Self::Bf16, Self::Q8_0, Self::Q6K, Self::Q4K];
+    pub const ALL: [Self; 7] =
+        [Self::Fp32, Self::Fp16, Self::Bf16, Self::Q8_0, Self::Int8, Self::Q6K, Self::Q4K];
 
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
@@ -68,6 +70,7 @@ impl Precision {
             Self::Fp16 => "fp16",
             Self::Bf16 => "bf16",
             Self::Q8_0 => "q8_0",
+            Self::Int8 => "int8",
             Self::Q6K => "q6_k",
             Self::Q4K => "q4_k",
         }
@@ -82,11 +85,14 @@ impl Precision {
             (Self::Fp16, _) => Format::F16,
             (Self::Bf16, _) => Format::Bf16,
             (Self::Q8_0, _) => Format::Block(BlockFormat::Q8_0),
+            (Self::Int8, _) => Format::Int8,
             (Self::Q6K, _) | (Self::Q4K, MatrixRole::Vocabulary) => Format::Block(BlockFormat::Q6K),
             (Self::Q4K, MatrixRole::Layer) => Format::Block(BlockFormat::Q4K),
         };
         let finer = [wanted, Format::Block(BlockFormat::Q8_0)];
-        let fits = |format: &Format| row_len.is_multiple_of(format.block_len());
+        let fits = |format: &Format| {
+            row_len.is_multiple_of(format.block_len()) && row_len <= format.max_row_len()
+        };
         finer.into_iter().find(fits).unwrap_or(match stored {
             Format::Bf16 => Format::Bf16,
             _ => Format::F16,
@@ -185,7 +191,7 @@ mod tests {
             assert_eq!(dtype.to_string().parse::<KvCacheDtype>().unwrap(), dtype);
         }
         let error = "int4".parse::<Precision>().unwrap_err().to_string();
-        assert_eq!(error, "expected one of fp32, fp16, bf16, q8_0, q6_k, q4_k, got \"int4\"");
+        assert_eq!(error, "expected one of fp32, fp16, bf16, q8_0, int8, q6_k, q4_k, got \"int4\"");
     }
 
     #[test]
@@ -201,6 +207,8 @@ mod tests {
             (Precision::Q6K, MatrixRole::Layer, 100, Format::Bf16, Format::Bf16),
             (Precision::Q8_0, MatrixRole::Layer, 100, Format::F32, Format::F16),
             (Precision::Q8_0, MatrixRole::Layer, 40, q4_k, Format::F16),
+            (Precision::Int8, MatrixRole::Layer, 7, Format::F32, Format::Int8),
+            (Precision::Int8, MatrixRole::Layer, 1 << 18, Format::F32, q8_0),
             (Precision::Fp16, MatrixRole::Layer, 7, Format::Bf16, Format::F16),
             (Precision::Fp32, MatrixRole::Layer, 7, Format::Bf16, Format::F32),
             (Precision::Q4K, MatrixRole::Router, 512, Format::Bf16, Format::F32),

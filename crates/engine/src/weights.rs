@@ -17,6 +17,7 @@ use crate::Error;
 use crate::config::ModelConfig;
 use crate::model_files::is_gguf;
 pub use format::Format;
+pub(crate) use format::int8_row;
 use gguf::{Gguf, GgufTensors};
 use safetensors::SafetensorsFiles;
 

@@ -29,10 +29,37 @@ pub(crate) struct F16Lanes(pub(crate) [u16; LANES]);
 #[repr(C, align(32))]
 pub(crate) struct Bf16Lanes(pub(crate) [u16; LANES]);
 
-/// Sixteen pairs of bfloat16 in memory, one cache line.
+/// One cache line of a tile: what sixteen outputs have for some inputs, or one row for more of them. 32 bfloat16 or 64
+/// whole numbers of a byte.
 #[derive(Clone, Copy, Debug)]
 #[repr(C, align(64))]
-pub(crate) struct Bf16Pairs(pub(crate) [u16; 2 * LANES]);
+pub(crate) struct Line(pub(crate) [u8; LINE_BYTES]);
+
+/// Bytes of a [`Line`].
+pub(crate) const LINE_BYTES: usize = 64;
+
+impl Line {
+    pub(crate) const ZERO: Self = Self([0; LINE_BYTES]);
+
+    /// One of the 16 `f32` that it holds where it is no part of a tile.
+    #[inline(always)]
+    pub(super) fn number(&self, index: usize) -> f32 {
+        f32::from_le_bytes(self.0.as_chunks().0[index])
+    }
+
+    /// Sets one of them.
+    #[inline(always)]
+    pub(super) fn set_number(&mut self, index: usize, number: f32) {
+        self.0.as_chunks_mut().0[index] = number.to_le_bytes();
+    }
+
+    /// Four of its 32 whole numbers of 16 bits, where it holds such.
+    #[inline(always)]
+    pub(super) fn group(&self, index: usize) -> [i16; 4] {
+        let bytes: &[u8; 8] = &self.0.as_chunks().0[index];
+        std::array::from_fn(|i| i16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]))
+    }
+}
 
 /// Sixteen whole numbers of a byte in memory.
 #[derive(Clone, Copy, Debug)]
@@ -52,7 +79,7 @@ macro_rules! plain {
     )*};
 }
 
-plain!(Lanes, F16Lanes, Bf16Lanes, Bf16Pairs, I8Lanes, U8Lanes);
+plain!(Lanes, F16Lanes, Bf16Lanes, Line, I8Lanes, U8Lanes);
 
 /// Memory that a [`Vector`] can be loaded from.
 pub(crate) trait Stored: super::memory::Plain {
@@ -124,7 +151,18 @@ pub(crate) trait Vector: Copy {
     /// Writes 16 numbers.
     fn store(self, to: &mut Lanes);
     /// Writes 16 numbers of each, rounded to bfloat16 and side by side. Only on a machine with a matrix unit.
-    fn store_bf16_pairs(first: Self, second: Self, to: &mut Bf16Pairs);
+    fn store_bf16_pairs(first: Self, second: Self, to: &mut Line);
+
+    /// Sums of products of whole numbers, for 16 outputs.
+    type Sums: Copy;
+    /// Most of them that are added up at a time.
+    const MAX_SUMS: usize;
+    /// All zero.
+    fn zero_sums() -> Self::Sums;
+    /// Adds what four inputs give: output `i` has `weights[4 * i..][..4]` (8 bits with a sign).
+    fn add_products(sums: Self::Sums, inputs: [i16; 4], weights: &Line) -> Self::Sums;
+    /// The sums of all outputs.
+    fn read_sums(sums: Self::Sums) -> [i32; LANES];
 }
 
 impl Vector for Lanes {
@@ -191,12 +229,37 @@ impl Vector for Lanes {
     }
 
     #[inline(always)]
-    fn store_bf16_pairs(first: Self, second: Self, to: &mut Bf16Pairs) {
+    fn store_bf16_pairs(first: Self, second: Self, to: &mut Line) {
         for ((to, first), second) in
-            to.0.as_chunks_mut::<2>().0.iter_mut().zip(first.0).zip(second.0)
+            to.0.as_chunks_mut::<4>().0.iter_mut().zip(first.0).zip(second.0)
         {
-            *to = [first, second].map(|x| half::bf16::from_f32(x).to_bits());
+            let [first, second] = [first, second].map(|x| half::bf16::from_f32(x).to_le_bytes());
+            *to = [first[0], first[1], second[0], second[1]];
         }
+    }
+
+    type Sums = [i32; LANES];
+
+    const MAX_SUMS: usize = 1;
+
+    #[inline(always)]
+    fn zero_sums() -> Self::Sums {
+        [0; LANES]
+    }
+
+    #[inline(always)]
+    fn add_products(mut sums: Self::Sums, inputs: [i16; 4], weights: &Line) -> Self::Sums {
+        for (sum, weights) in sums.iter_mut().zip(weights.0.as_chunks::<4>().0) {
+            for (input, weight) in inputs.iter().zip(weights) {
+                *sum += i32::from(*input) * i32::from(weight.cast_signed());
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn read_sums(sums: Self::Sums) -> [i32; LANES] {
+        sums
     }
 }
 

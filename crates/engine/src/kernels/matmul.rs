@@ -1,6 +1,7 @@
 //! Linear layers: rows times packed weights.
 
 use super::blocks::BlockProduct;
+use super::int8;
 use super::lanes::Stored;
 use super::packed::{PackedMatrix, Panels};
 #[cfg(target_arch = "x86_64")]
@@ -83,6 +84,11 @@ pub(crate) fn matmul(
             tiles::matmul((cpu, tiles), (x, num_rows), weights, (out, finish));
             continue;
         }
+        if let Panels::Int8(panels) = &part.panels {
+            let weights = (panels, *in_features);
+            int8::matmul((cpu, &cpu.quantised), (x, num_rows), weights, (out, finish));
+            continue;
+        }
         let num_panels = part.num_outputs.div_ceil(LANES);
         let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
         let num_panel_pieces = num_panels.div_ceil(PIECE_PANELS);
@@ -108,6 +114,7 @@ pub(crate) fn matmul(
                 }
                 #[cfg(target_arch = "x86_64")]
                 Panels::Tiles(_) => unreachable!("packed for a machine with a matrix unit"),
+                Panels::Int8(_) => unreachable!("multiplied above"),
                 Panels::Block(w) => {
                     cpu.simd.run(BlockProduct { x, rows, w, in_features, panels, out, finish });
                 }
@@ -134,8 +141,9 @@ mod tests {
     /// A row's bytes in a format; of blocks any bytes will do, with scales about 1.
     fn row_bytes(format: Format, row: usize, bytes: &mut [u8]) {
         let Format::Block(block) = format else {
-            let numbers: Vec<f32> =
-                (0..bytes.len() / format.num_bytes(1)).map(|k| number(row * 1000 + k)).collect();
+            let header = format.num_bytes(0);
+            let len = (bytes.len() - header) / (format.num_bytes(1) - header);
+            let numbers: Vec<f32> = (0..len).map(|k| number(row * 1000 + k)).collect();
             format.encode(&numbers, bytes);
             return;
         };
@@ -200,18 +208,22 @@ mod tests {
 
     fn formats() -> Vec<Format> {
         let blocks = BlockFormat::ALL.map(Format::Block);
-        [Format::F32, Format::F16, Format::Bf16].into_iter().chain(blocks).collect()
+        [Format::F32, Format::F16, Format::Bf16, Format::Int8].into_iter().chain(blocks).collect()
     }
 
     /// What products may be off by, as a share of the sum of their sizes.
     fn error_bound(simd: Simd, k: usize, parts: &[(Format, usize)]) -> f64 {
         let has = |is: fn(&Format) -> bool| parts.iter().any(|(format, _)| is(format));
-        // The left-hand side counts to 2^-17 on tiles, a decoded weight to 2^-9.
-        let rounding = match simd.has_matrix_unit() {
-            true if has(|format| matches!(format, Format::Block(_))) => f64::powi(2.0, -9),
-            true if has(|format| *format == Format::Bf16) => f64::powi(2.0, -17),
-            _ => 0.0,
-        };
+        // On tiles the left-hand side counts to 2^-17, a decoded weight to 2^-9; beside whole numbers it counts to
+        // 2^-16 of the largest of a row, which is twice what numbers are on average.
+        let unit = simd.has_matrix_unit();
+        let rounding = [
+            (unit && has(|format| matches!(format, Format::Block(_))), -9),
+            (has(|format| *format == Format::Int8), -15),
+            (unit && has(|format| *format == Format::Bf16), -17),
+        ];
+        let rounds = rounding.iter().find(|(rounds, _)| *rounds);
+        let rounding = rounds.map_or(0.0, |(_, bits)| f64::powi(2.0, *bits));
         2.0 * rounding + 1e-6 * (k as f64).sqrt()
     }
 
@@ -233,7 +245,12 @@ mod tests {
             }
         }
         // Everything is the same to the bit, but for what a matrix unit rounds in its own way.
-        for chunk in results.chunk_by(|(a, _), (b, _)| a.has_matrix_unit() == b.has_matrix_unit()) {
+        let rounds_alike = |(format, _): &(Format, usize)| {
+            matches!(format, Format::F32 | Format::F16 | Format::Int8)
+        };
+        let is_exact = parts.iter().all(rounds_alike);
+        let is_alike = |a: Simd, b: Simd| is_exact || a.has_matrix_unit() == b.has_matrix_unit();
+        for chunk in results.chunk_by(|(a, _), (b, _)| is_alike(*a, *b)) {
             let (simd, first) = &chunk[0];
             for (other, result) in &chunk[1..] {
                 let same = result.iter().zip(first).all(|(a, b)| a.to_bits() == b.to_bits());
@@ -281,7 +298,7 @@ mod tests {
         // More inputs than a matrix unit takes in one block, and several pairs of panels.
         let (k, n) = (1024, 150);
         let block = Format::Block(BlockFormat::Q8_0);
-        for format in [Format::F32, Format::F16, Format::Bf16, block] {
+        for format in [Format::F32, Format::F16, Format::Bf16, Format::Int8, block] {
             for simd in Simd::available() {
                 let cpu = Cpu::new(simd, Threads::new(2).unwrap());
                 let linear = Linear { weight: pack(&cpu, k, &[(format, n)]), bias: None };

@@ -6,8 +6,10 @@ use std::ops::Range;
 
 use super::elementwise::{ELEMENT_WORK, PIECE_ROWS, activate};
 #[cfg(target_arch = "x86_64")]
-use super::tiles::{self, Left, PAIR_OUTPUTS, Tiles, Weights};
-use super::{Activations, Cpu, Epilogue, Kernel, Linear, Rows, SharedRows, Vector, matmul};
+use super::tiles::{self, Gated, Left, Numbers, Tiles, Weights};
+use super::{
+    Activations, Cpu, Epilogue, Kernel, Linear, PAIR_OUTPUTS, Rows, SharedRows, Vector, matmul,
+};
 use crate::config::Activation;
 
 /// `down(activation(gate(x)) * up(x))`
@@ -48,9 +50,15 @@ impl Mlp {
     /// `inner = activation(gate(x)) * up(x)`
     pub(crate) fn widen(&self, cpu: &Cpu, (x, num_rows): (Rows<'_>, usize), inner: &mut Inner) {
         #[cfg(target_arch = "x86_64")]
-        if let Some((tiles, [weights, _])) = self.on_tiles(cpu) {
+        if let Some((tiles, weights)) = self.gates_on_tiles(cpu) {
             let shape = (self.gate_up.weight.in_features, self.gate_up.weight.out_features);
-            let out = (&mut inner.tiles, self.activation, self.gate_up.bias.as_deref());
+            let to = if self.is_inner_in_tiles(cpu) {
+                Gated::Tiles(inner.tiles.shared(num_rows, shape.1 / 2))
+            } else {
+                inner.activated.ensure_rows(num_rows);
+                Gated::Rows(inner.activated.shared())
+            };
+            let out = (to, self.activation, self.gate_up.bias.as_deref());
             tiles::matmul_gated((cpu, tiles), (x, num_rows), (weights, shape), out);
             return;
         }
@@ -74,7 +82,9 @@ impl Mlp {
         (out, epilogue): (SharedRows<'_>, Epilogue),
     ) {
         #[cfg(target_arch = "x86_64")]
-        if let Some((tiles, [_, weights])) = self.on_tiles(cpu) {
+        if let (true, Some(tiles), Some(weights)) =
+            (self.is_inner_in_tiles(cpu), &cpu.tiles, self.down.weight.on_tiles())
+        {
             let weights = (weights, self.down.weight.in_features);
             let out = (out, self.down.finish(epilogue));
             tiles::matmul_tiles((cpu, tiles), (&inner.tiles, num_rows), weights, out);
@@ -83,12 +93,19 @@ impl Mlp {
         matmul(cpu, (inner.activated.rows(), num_rows), &self.down, (out, epilogue));
     }
 
-    /// The weights of both products, if both are done on a matrix unit and gates and ups fill pairs of panels.
+    /// The first weights, if they are multiplied on a matrix unit and gates and ups fill pairs of panels.
     #[cfg(target_arch = "x86_64")]
-    fn on_tiles<'a>(&'a self, cpu: &'a Cpu) -> Option<(&'a Tiles, [Weights<'a>; 2])> {
+    fn gates_on_tiles<'a>(&'a self, cpu: &'a Cpu) -> Option<(&'a Tiles, Weights<'a>)> {
         let is_aligned = self.gate_up.weight.out_features.is_multiple_of(2 * PAIR_OUTPUTS);
-        let weights = [self.gate_up.weight.on_tiles()?, self.down.weight.on_tiles()?];
-        cpu.tiles.as_ref().filter(|_| is_aligned).map(|tiles| (tiles, weights))
+        let weights = self.gate_up.weight.on_tiles().filter(|_| is_aligned)?;
+        cpu.tiles.as_ref().map(|tiles| (tiles, weights))
+    }
+
+    /// Whether what lies between the layers is in tiles. Whole numbers need the largest of a row first.
+    #[cfg(target_arch = "x86_64")]
+    fn is_inner_in_tiles(&self, cpu: &Cpu) -> bool {
+        let numbers = self.down.weight.on_tiles().map(|weights| weights.numbers());
+        self.gates_on_tiles(cpu).is_some() && numbers == Some(Numbers::Bf16)
     }
 }
 
@@ -167,7 +184,8 @@ mod tests {
             Activation::QuickGelu,
             Activation::Relu,
         ];
-        let formats = [Format::F32, Format::F16, Format::Bf16, Format::Block(BlockFormat::Q8_0)];
+        let q8_0 = Format::Block(BlockFormat::Q8_0);
+        let formats = [Format::F32, Format::F16, Format::Bf16, Format::Int8, q8_0];
         // The second is no multiple of what a matrix unit takes; the third is more inputs than one block of them.
         let widths = [(64, 96), (64, 80), (96, 1024)];
         for simd in Simd::available() {

@@ -1,11 +1,12 @@
 //! The weights of a linear layer, packed at load into panels of 16 outputs.
 
 use super::blocks::{BlockPanels, lines_per_panel, pack_row};
-use super::lanes::{Bf16Lanes, F16Lanes, Stored, U8Lanes};
+use super::int8::{self, Int8Panels};
+use super::lanes::{Bf16Lanes, F16Lanes, Line, Stored, U8Lanes};
 use super::memory::{Plain, Zeroed};
 #[cfg(target_arch = "x86_64")]
-use super::tiles::{self, Line, PAIR_LINES, PAIR_OUTPUTS, TILE_INPUTS};
-use super::{Cpu, Kernel, LANES, Lanes, Simd, Threads, Vector};
+use super::tiles::{self, Numbers};
+use super::{Cpu, Kernel, LANES, Lanes, PAIR_LINES, PAIR_OUTPUTS, Simd, Threads, Vector};
 use crate::Error;
 use crate::weights::Format;
 
@@ -37,6 +38,7 @@ pub(super) enum Panels {
     /// bfloat16 for the matrix unit.
     #[cfg(target_arch = "x86_64")]
     Tiles(Zeroed<Line>),
+    Int8(Int8Panels),
     Block(BlockPanels),
 }
 
@@ -96,6 +98,7 @@ impl PackedMatrix {
             Panels::Bf16(lanes) => size_of_val(&**lanes),
             #[cfg(target_arch = "x86_64")]
             Panels::Tiles(lines) => size_of_val(&**lines),
+            Panels::Int8(panels) => panels.num_bytes(),
             Panels::Block(panels) => panels.num_bytes(),
         };
         self.parts.iter().map(bytes).sum()
@@ -121,6 +124,9 @@ pub(crate) fn packed_bytes(
     if simd.has_matrix_unit() && format == Format::Bf16 {
         return num_tile_lines(out_features, in_features) * size_of::<Line>();
     }
+    if format == Format::Int8 {
+        return int8::num_lines(out_features, in_features) * size_of::<Line>();
+    }
     let panel_bytes = match format {
         Format::Block(block) => lines_per_panel(block, in_features) * size_of::<U8Lanes>(),
         _ => LANES * format.num_bytes(in_features),
@@ -131,7 +137,9 @@ pub(crate) fn packed_bytes(
 /// Lines of a matrix in tiles.
 #[cfg(target_arch = "x86_64")]
 fn num_tile_lines(out_features: usize, in_features: usize) -> usize {
-    out_features.div_ceil(PAIR_OUTPUTS) * in_features.div_ceil(TILE_INPUTS) * PAIR_LINES
+    out_features.div_ceil(PAIR_OUTPUTS)
+        * in_features.div_ceil(Numbers::Bf16.tile_inputs())
+        * PAIR_LINES
 }
 
 impl PackedRows {
@@ -140,6 +148,7 @@ impl PackedRows {
     pub(super) fn on_tiles(&self) -> Option<tiles::Weights<'_>> {
         match &self.panels {
             Panels::Tiles(lines) => Some(tiles::Weights::Tiles(lines)),
+            Panels::Int8(panels) => Some(tiles::Weights::Int8(panels)),
             Panels::Block(panels) => Some(tiles::Weights::Blocks(panels)),
             Panels::F32(_) | Panels::F16(_) | Panels::Bf16(_) => None,
         }
@@ -175,11 +184,23 @@ impl PackedRows {
             Format::Bf16 => Panels::Bf16(rows.pack(|lanes: &mut Bf16Lanes, lane, bytes| {
                 lanes.0[lane] = u16::from_le_bytes(bytes);
             })?),
+            Format::Int8 => {
+                let mut panels = Int8Panels::new(num_outputs, in_features)?;
+                let lines = panels.pair_lines();
+                rows.pack_panels::<_, PAIR_OUTPUTS>(
+                    panels.lines_mut(),
+                    lines,
+                    |pair, output, bytes| {
+                        int8::pack_row(bytes, output, pair);
+                    },
+                );
+                Panels::Int8(panels)
+            }
             Format::Block(block) => {
                 let num_panels = num_outputs.div_ceil(LANES);
                 let mut panels = BlockPanels::new(block, num_panels, in_features)?;
                 let lines = lines_per_panel(block, in_features);
-                rows.pack_panels(panels.lines_mut(), lines, |panel, lane, bytes| {
+                rows.pack_panels::<_, LANES>(panels.lines_mut(), lines, |panel, lane, bytes| {
                     pack_row(block, bytes, lane, panel);
                 });
                 Panels::Block(panels)
@@ -206,7 +227,7 @@ impl<W: Fn(usize, &mut [u8]) + Sync> Rows<'_, W> {
     ) -> std::io::Result<Zeroed<S>> {
         let num_panels = self.num_outputs.div_ceil(LANES);
         let mut panels = Zeroed::new_streamed(num_panels * self.in_features)?;
-        self.pack_panels(&mut panels, self.in_features, |panel, lane, bytes| {
+        self.pack_panels::<_, LANES>(&mut panels, self.in_features, |panel, lane, bytes| {
             for (lanes, bytes) in panel.iter_mut().zip(bytes.as_chunks::<N>().0) {
                 set(lanes, lane, *bytes);
             }
@@ -220,27 +241,17 @@ impl<W: Fn(usize, &mut [u8]) + Sync> Rows<'_, W> {
     fn pack_tiles(&self) -> std::io::Result<Zeroed<Line>> {
         let mut lines = Zeroed::new_streamed(num_tile_lines(self.num_outputs, self.in_features))?;
         let pair_lines = num_tile_lines(1, self.in_features);
-        self.pack_panels_of::<Line, PAIR_OUTPUTS>(&mut lines, pair_lines, |pair, output, bytes| {
+        self.pack_panels::<Line, PAIR_OUTPUTS>(&mut lines, pair_lines, |pair, output, bytes| {
             for (k, number) in bytes.as_chunks::<2>().0.iter().enumerate() {
                 let (line, at) = tile_place(output, k);
-                pair[line].0[at] = u16::from_le_bytes(*number);
+                pair[line].0.as_chunks_mut().0[at] = *number;
             }
         });
         Ok(lines)
     }
 
-    /// Calls `put(panel, lane, bytes of the row)` for every row.
-    fn pack_panels<T: Send>(
-        &self,
-        panels: &mut [T],
-        panel_len: usize,
-        put: impl Fn(&mut [T], usize, &[u8]) + Send + Sync,
-    ) {
-        self.pack_panels_of::<T, LANES>(panels, panel_len, put);
-    }
-
-    /// The same with panels of `WIDTH` outputs.
-    fn pack_panels_of<T: Send, const WIDTH: usize>(
+    /// Calls `put(panel, lane, bytes of the row)` for every row, where panels are of `WIDTH` outputs.
+    fn pack_panels<T: Send, const WIDTH: usize>(
         &self,
         panels: &mut [T],
         panel_len: usize,
@@ -261,8 +272,9 @@ impl<W: Fn(usize, &mut [u8]) + Sync> Rows<'_, W> {
 /// Where a weight is in its pair of panels: its line, and its place there.
 #[cfg(target_arch = "x86_64")]
 fn tile_place(output: usize, k: usize) -> (usize, usize) {
-    let tile = k / TILE_INPUTS * 2 + output / LANES;
-    (tile * LANES + k % TILE_INPUTS / 2, output % LANES * 2 + k % 2)
+    let tile_inputs = Numbers::Bf16.tile_inputs();
+    let tile = k / tile_inputs * 2 + output / LANES;
+    (tile * LANES + k % tile_inputs / 2, output % LANES * 2 + k % 2)
 }
 
 /// Widens one lane of a panel.
@@ -287,9 +299,11 @@ impl Kernel for UnpackRow<'_> {
                 let pair = &lines[output / PAIR_OUTPUTS * pair_lines..][..pair_lines];
                 for (k, out) in out.iter_mut().enumerate() {
                     let (line, at) = tile_place(output % PAIR_OUTPUTS, k);
-                    *out = f32::from_bits(u32::from(pair[line].0[at]) << 16);
+                    let bits = u16::from_le_bytes(pair[line].0.as_chunks().0[at]);
+                    *out = f32::from_bits(u32::from(bits) << 16);
                 }
             }
+            Panels::Int8(panels) => panels.row(output, out),
             Panels::Block(panels) => panels.row::<V>(panel, lane, out),
         }
     }

@@ -1,43 +1,37 @@
-//! Products on a matrix unit: AMX, which multiplies tiles of 16 rows by 32 inputs of bfloat16 and adds up in `f32`.
+//! Products on a matrix unit: AMX, which multiplies tiles of 16 rows by 32 inputs of bfloat16 and adds up in `f32`, or
+//! by 64 inputs of 8 bits and adds up in 32.
 //!
 //! Weights of 16 bits or less are multiplied here where the machine has the unit. A number of the left-hand side is
 //! cut into two bfloat16 (16 bits of it in all), and both are multiplied by the same tile of weights: so weights
 //! in bfloat16 count exactly, activations to 2^-17, and nothing is rounded by what it stands beside. Every output
-//! is the sum over tiles in the order of the inputs, whatever the batch, the chunks and the threads.
+//! is the sum over tiles in the order of the inputs, whatever the batch, the chunks and the threads. Whole numbers are
+//! cut into two bytes, and their sums are exact (`int8`).
 //!
-//! Facts on the instructions are from Intel's manual (volume 2, TDPBF16PS; volume 1, chapter 18).
+//! Facts on the instructions are from Intel's manual (volume 2, TDPBF16PS and TDPBSSD; volume 1, chapter 18).
 
 use std::arch::asm;
-use std::arch::x86_64::{
-    __cpuid_count, __m512i, _mm512_castsi512_ps, _mm512_castsi512_si256, _mm512_cvtepu16_epi32,
-    _mm512_cvtne2ps_pbh, _mm512_extracti64x4_epi64, _mm512_loadu_ps, _mm512_slli_epi32,
-    _mm512_store_si512, _mm512_sub_ps, _xgetbv,
-};
-use std::marker::PhantomData;
+use std::arch::x86_64::{__cpuid_count, _xgetbv};
 use std::ops::Range;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Mutex, OnceLock};
 
 use super::blocks::{BlockPanels, InputPair};
 use super::elementwise::activate;
-use super::{Cpu, Finish, Kernel, LANES, Lanes, Rows, SharedRows, Vector, run_amx};
+use super::int8::{Int8Panels, join};
+use super::lanes::Line;
+use super::{
+    Cpu, Finish, Kernel, LANES, Lanes, PAIR_LINES, PAIR_OUTPUTS, Rows, SharedRows, Vector, lock,
+    run_amx,
+};
 use crate::config::Activation;
+pub(super) use left::Left;
+use left::{SharedTiles, cut};
+pub(super) use unit::Numbers;
 use unit::{Ahead, Operands, SUMS, Shape, release};
 
+mod left;
 mod unit;
 
-/// Inputs of a tile.
-pub(super) const TILE_INPUTS: usize = 32;
-
-/// Outputs of a pair of panels, whose tiles lie side by side.
-pub(super) const PAIR_OUTPUTS: usize = 2 * LANES;
-
-/// Lines of two tiles: of a pair of panels, or of the two parts of 16 rows.
-pub(super) const PAIR_LINES: usize = 2 * LANES;
-
-/// Rows that are multiplied at a time: two tiles of them.
-const PAIR_ROWS: usize = 2 * LANES;
-
-/// Rows of one piece of work, a multiple of [`PAIR_ROWS`].
+/// Rows of one piece of work, a multiple of [`Numbers::unit_rows`].
 const PIECE_ROWS: usize = 256;
 
 /// Most pairs of panels of one piece of work.
@@ -46,15 +40,11 @@ const PIECE_PAIRS: usize = 16;
 /// Pieces of work for each thread, where there is enough of it: small pieces end at the same time.
 const PIECES_PER_THREAD: usize = 8;
 
-/// Tiles along the inputs after which other outputs take their turn: those of a piece's rows stay in the second
-/// cache.
-const BLOCK: usize = 28;
+/// Inputs after which other outputs take their turn: those of a piece's rows stay in the second cache.
+const BLOCK_INPUTS: usize = 896;
 
 /// Tiles along the inputs that are decoded at a time for few rows.
 const STRETCH: usize = 8;
-
-/// A line of a tile: of the left-hand side 32 inputs of a row, of the right-hand side 2 inputs of 16 outputs.
-pub(super) use super::lanes::Bf16Pairs as Line;
 
 impl InputPair for Line {
     #[inline(always)]
@@ -77,15 +67,15 @@ pub(super) fn is_available() -> bool {
     })
 }
 
-/// Whether processor and system know tiles. Only to be called where there is xsave.
+/// Whether processor and system know tiles, of bfloat16 and of 8 bits. Only to be called where there is xsave.
 #[expect(unsafe_code, reason = "reads a register of the processor")]
 fn has_unit() -> bool {
-    const TILES_AND_BF16: u32 = 1 << 24 | 1 << 22;
+    const TILES_WITH_BOTH: u32 = 1 << 24 | 1 << 25 | 1 << 22;
     const TILE_STATE: u64 = 0b11 << 17;
     let features = __cpuid_count(7, 0).edx;
     // SAFETY: the caller has seen that xsave is there.
     let enabled = unsafe { _xgetbv(0) };
-    features & TILES_AND_BF16 == TILES_AND_BF16 && enabled & TILE_STATE == TILE_STATE
+    features & TILES_WITH_BOTH == TILES_WITH_BOTH && enabled & TILE_STATE == TILE_STATE
 }
 
 /// Asks Linux for the tiles' registers, which a process doesn't have by itself (arch_prctl).
@@ -126,147 +116,13 @@ fn run_beside_tiles(kernel: impl Kernel) {
     unsafe { run_amx(kernel) }
 }
 
-/// A left-hand side: a tile of 16 rows and 32 inputs is 16 lines of the numbers' first parts, then 16 of
-/// their second. Tiles of the same rows lie one behind the other.
-#[derive(Debug, Default)]
-pub(super) struct Left {
-    lines: Vec<Line>,
-    k_tiles: usize,
-}
-
 /// Memory of one thread.
 #[derive(Debug, Default)]
 struct Scratch {
-    /// Sums: for 32 rows and a pair of panels four tiles, pair of rows by pair of rows.
+    /// Sums: for the rows that are multiplied at a time and a pair of panels four tiles.
     sums: Vec<Lanes>,
     /// Weights of a block of inputs and a pair of panels.
     decoded: Vec<Line>,
-}
-
-impl Left {
-    /// Lines for some rows, to be written.
-    fn lines_mut(&mut self, num_rows: usize, in_features: usize) -> &mut [Line] {
-        self.k_tiles = in_features.div_ceil(TILE_INPUTS);
-        let num_lines = num_rows.div_ceil(LANES) * self.k_tiles * PAIR_LINES;
-        ensure(&mut self.lines, num_lines, Line([0; TILE_INPUTS]));
-        &mut self.lines[..num_lines]
-    }
-
-    /// Cuts the numbers of `x` in two.
-    fn fill(&mut self, cpu: &Cpu, (x, num_rows): (Rows<'_>, usize), in_features: usize) {
-        let lines = self.lines_mut(num_rows, in_features);
-        let tile_row_lines = in_features.div_ceil(TILE_INPUTS) * PAIR_LINES;
-        cpu.threads.share_chunks(lines, tile_row_lines, |tile, (): &mut (), tiles| {
-            let first = tile * LANES;
-            let rows = first..num_rows.min(first + LANES);
-            run_beside_tiles(Cut { x, rows, in_features, tiles });
-        });
-    }
-
-    /// Room for some rows, to be written tile by tile from several threads.
-    fn shared(&mut self, num_rows: usize, in_features: usize) -> SharedTiles<'_> {
-        let lines = self.lines_mut(num_rows, in_features);
-        let tiles = lines.as_chunks_mut::<PAIR_LINES>().0;
-        let (data, len) = (tiles.as_mut_ptr(), tiles.len());
-        SharedTiles { data, len, k_tiles: self.k_tiles, borrowed: PhantomData }
-    }
-
-    /// The tiles from some inputs on, of the 16 rows from `row` on.
-    fn tiles(&self, row: usize, k_tile: usize) -> &[Line] {
-        &self.lines[(row / LANES * self.k_tiles + k_tile) * PAIR_LINES..]
-    }
-}
-
-/// A left-hand side that several threads write at once, each its own tiles.
-#[derive(Clone, Copy)]
-pub(super) struct SharedTiles<'a> {
-    data: *mut [Line; PAIR_LINES],
-    len: usize,
-    k_tiles: usize,
-    borrowed: PhantomData<&'a mut [Line]>,
-}
-
-#[expect(unsafe_code, reason = "several threads write disjoint tiles")]
-// SAFETY: the memory is borrowed exclusively for `'a`; who takes a tile answers for there being no other.
-unsafe impl Send for SharedTiles<'_> {}
-
-#[expect(unsafe_code, reason = "several threads write disjoint tiles")]
-// SAFETY: as for `Send`.
-unsafe impl Sync for SharedTiles<'_> {}
-
-impl<'a> SharedTiles<'a> {
-    /// The tile of 16 rows, of which `row` is one, and of 32 inputs.
-    ///
-    /// # Safety
-    /// Nobody else may hold it meanwhile.
-    #[inline(always)]
-    #[expect(unsafe_code, reason = "several threads write disjoint tiles")]
-    unsafe fn tile_mut(&self, row: usize, k_tile: usize) -> &'a mut [Line; PAIR_LINES] {
-        let index = row / LANES * self.k_tiles + k_tile;
-        assert!(k_tile < self.k_tiles && index < self.len, "outside of the tiles");
-        // SAFETY: inside the borrowed memory (asserted); the caller answers for exclusiveness.
-        unsafe { &mut *self.data.add(index) }
-    }
-}
-
-/// Cuts up to 16 rows of numbers into a row of tiles.
-struct Cut<'a> {
-    x: Rows<'a>,
-    rows: Range<usize>,
-    in_features: usize,
-    tiles: &'a mut [Line],
-}
-
-impl Kernel for Cut<'_> {
-    #[inline(always)]
-    fn run<V: Vector>(self) {
-        for (index, row) in self.rows.enumerate() {
-            cut_row(self.x.slice(row, 0, self.in_features), index, self.tiles);
-        }
-    }
-}
-
-#[inline(always)]
-fn cut_row(numbers: &[f32], row: usize, tiles: &mut [Line]) {
-    let (chunks, rest) = numbers.as_chunks::<TILE_INPUTS>();
-    let (full, last) = tiles.as_chunks_mut::<PAIR_LINES>().0.split_at_mut(chunks.len());
-    for (numbers, tile) in chunks.iter().zip(full) {
-        cut(numbers, row, tile);
-    }
-    if let Some(tile) = last.first_mut() {
-        let mut numbers = [0.0; TILE_INPUTS];
-        numbers[..rest.len()].copy_from_slice(rest);
-        cut(&numbers, row, tile);
-    }
-}
-
-#[inline(always)]
-#[expect(unsafe_code, reason = "vector instructions")]
-fn cut(numbers: &[f32; TILE_INPUTS], row: usize, tile: &mut [Line; PAIR_LINES]) {
-    // SAFETY: there are tiles only where `is_available` has seen these instructions; 32 numbers are
-    // read, and two lines written.
-    unsafe { cut_with_vectors(numbers, &raw mut tile[row], &raw mut tile[LANES + row]) }
-}
-
-/// # Safety
-/// The machine must have these instructions, and both lines be there to be written.
-#[expect(unsafe_code, reason = "vector instructions")]
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn cut_with_vectors(numbers: &[f32; TILE_INPUTS], first: *mut Line, second: *mut Line) {
-    // SAFETY: the caller answers for the lines; 32 numbers are there.
-    unsafe {
-        let low = _mm512_loadu_ps(numbers.as_ptr());
-        let high = _mm512_loadu_ps(numbers.as_ptr().add(LANES));
-        let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
-        let widen =
-            |half| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)));
-        let low_rest = _mm512_sub_ps(low, widen(_mm512_castsi512_si256(rounded)));
-        let high_rest = _mm512_sub_ps(high, widen(_mm512_extracti64x4_epi64::<1>(rounded)));
-        let rest: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high_rest, low_rest));
-        _mm512_store_si512(first.cast(), rounded);
-        _mm512_store_si512(second.cast(), rest);
-    }
 }
 
 /// A right-hand side, pairs of panels one behind the other.
@@ -276,6 +132,16 @@ pub(super) enum Weights<'a> {
     Tiles(&'a [Line]),
     /// Blocks, to be decoded and rounded to bfloat16.
     Blocks(&'a BlockPanels),
+    /// Tiles of whole numbers, for each 64 inputs one of each panel.
+    Int8(&'a Int8Panels),
+}
+
+impl Weights<'_> {
+    /// What is multiplied.
+    #[inline(always)]
+    pub(super) fn numbers(&self) -> Numbers {
+        if matches!(self, Self::Int8(_)) { Numbers::Int8 } else { Numbers::Bf16 }
+    }
 }
 
 /// What becomes of sums.
@@ -283,9 +149,17 @@ pub(super) enum Weights<'a> {
 pub(super) enum Output<'a> {
     /// They are finished, and written to rows.
     Rows(SharedRows<'a>, Finish<'a>),
-    /// The first half of the outputs are gates, the second half what they let through; the product is the left-hand
-    /// side of the next layer.
-    Gated { tiles: SharedTiles<'a>, activation: Activation, bias: Option<&'a [f32]> },
+    /// The first half of the outputs are gates, the second half what they let through.
+    Gated { to: Gated<'a>, activation: Activation, bias: Option<&'a [f32]> },
+}
+
+/// Where the products of gates and of what they let through go.
+#[derive(Clone, Copy)]
+pub(super) enum Gated<'a> {
+    /// To rows.
+    Rows(SharedRows<'a>),
+    /// To the left-hand side of the next layer.
+    Tiles(SharedTiles<'a>),
 }
 
 /// `out = x * w`: `(num_rows, in_features) -> (num_rows, out_features)`.
@@ -296,7 +170,7 @@ pub(super) fn matmul(
     (out, finish): (SharedRows<'_>, Finish<'_>),
 ) {
     let mut left = lock(&tiles.left);
-    left.fill(cpu, (x, num_rows), in_features);
+    left.fill(cpu, (x, num_rows), (weights.numbers(), in_features));
     let shape = (in_features, out.width());
     multiply((cpu, tiles), (&left, num_rows), (weights, shape), Output::Rows(out, finish));
 }
@@ -312,20 +186,19 @@ pub(super) fn matmul_tiles(
     multiply((cpu, tiles), (x, num_rows), (weights, shape), Output::Rows(out, finish));
 }
 
-/// `out = activation(gate) * up`, in tiles, where `w` are the gates' weights and then as many of the ups', each
-/// whole pairs of panels.
+/// `out = activation(gate) * up`, where `w` are the gates' weights and then as many of the ups', each whole pairs of
+/// panels.
 pub(super) fn matmul_gated(
     (cpu, tiles): (&Cpu, &Tiles),
     (x, num_rows): (Rows<'_>, usize),
     (weights, (in_features, out_features)): (Weights<'_>, (usize, usize)),
-    (out, activation, bias): (&mut Left, Activation, Option<&[f32]>),
+    (to, activation, bias): (Gated<'_>, Activation, Option<&[f32]>),
 ) {
     assert!(out_features.is_multiple_of(2 * PAIR_OUTPUTS), "gates and ups in pairs of panels");
     let mut left = lock(&tiles.left);
-    left.fill(cpu, (x, num_rows), in_features);
-    let out = out.shared(num_rows, out_features / 2);
+    left.fill(cpu, (x, num_rows), (weights.numbers(), in_features));
     let shape = (in_features, out_features);
-    let out = Output::Gated { tiles: out, activation, bias };
+    let out = Output::Gated { to, activation, bias };
     multiply((cpu, tiles), (&left, num_rows), (weights, shape), out);
 }
 
@@ -341,7 +214,7 @@ fn multiply(
     // Pieces with the same weights stand side by side: the weights are still in a cache.
     let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
     // A left-hand side of several blocks comes from far, again for each piece.
-    let is_read_again = num_rows > PAIR_ROWS && left.k_tiles > BLOCK;
+    let is_read_again = num_rows > weights.numbers().unit_rows() && in_features > BLOCK_INPUTS;
     let pieces_per_thread = if is_read_again { 1 } else { PIECES_PER_THREAD };
     let num_pair_pieces = pieces_per_thread * cpu.threads.num_threads();
     let piece_pairs = num_pairs.div_ceil(num_pair_pieces).clamp(1, PIECE_PAIRS);
@@ -360,11 +233,6 @@ fn multiply(
         let mut scratch = lock(&tiles.threads[cpu.threads.current()]);
         run_beside_tiles(Multiply { piece, scratch: &mut scratch });
     });
-}
-
-/// What a thread that panicked leaves is written before it is read.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Some rows times some pairs of panels.
@@ -391,33 +259,34 @@ impl Kernel for Multiply<'_> {
     }
 }
 
-impl Piece<'_> {
+impl<'a> Piece<'a> {
     /// The weights of a block of inputs stay in a near cache while all rows pass, and what comes next is asked for
     /// meanwhile, so that memory never rests. The left-hand side of a block passes once for every pair of panels.
     #[inline(always)]
     fn multiply<V: Vector>(&self, scratch: &mut Scratch) {
         let Self { left, rows, weights, pairs, stripes: (num_stripes, distance), .. } = self;
         let Scratch { sums, decoded } = scratch;
-        let k_tiles = left.k_tiles;
-        let num_row_pairs = rows.len().div_ceil(PAIR_ROWS);
+        let numbers = weights.numbers();
+        let k_tiles = left.k_tiles();
+        let num_units = rows.len().div_ceil(numbers.unit_rows());
         let (block, stretch) = match weights {
             // Few rows don't come back to a weight: memory is read from one end to the other, and what is decoded
             // stays in the nearest cache until it is multiplied.
-            Weights::Tiles(_) if num_row_pairs == 1 => (k_tiles, k_tiles),
-            Weights::Blocks(_) if num_row_pairs == 1 => (k_tiles, STRETCH),
-            _ => (BLOCK, BLOCK),
+            Weights::Blocks(_) if num_units == 1 => (k_tiles, STRETCH),
+            _ if num_units == 1 => (k_tiles, k_tiles),
+            _ => (BLOCK_INPUTS / numbers.tile_inputs(), BLOCK_INPUTS / numbers.tile_inputs()),
         };
         // Of one block nothing is kept but what is finished next.
         let is_one_block = k_tiles <= block;
-        let stripe_sums = num_row_pairs * SUMS;
-        let unit_sums = num_stripes * stripe_sums;
-        ensure(sums, unit_sums * if is_one_block { 1 } else { pairs.len() }, Lanes::ZERO);
+        let stripe_sums = num_units * SUMS;
+        let pair_sums = num_stripes * stripe_sums;
+        ensure(sums, pair_sums * if is_one_block { 1 } else { pairs.len() }, Lanes::ZERO);
         let mut configured = None;
         for first in (0..k_tiles).step_by(block) {
             let end = k_tiles.min(first + block);
             for (index, pair) in pairs.clone().enumerate() {
-                let unit = if is_one_block { 0 } else { index };
-                let sums = &mut sums[unit * unit_sums..][..unit_sums];
+                let index = if is_one_block { 0 } else { index };
+                let sums = &mut sums[index * pair_sums..][..pair_sums];
                 for (stripe, sums) in sums.chunks_exact_mut(stripe_sums).enumerate() {
                     let last = stripe + 1 == *num_stripes;
                     let next = if last { pair + 1 } else { pair + (stripe + 1) * distance };
@@ -446,24 +315,27 @@ impl Piece<'_> {
         sums: &mut [Lanes],
     ) {
         let Self { left, rows, weights, .. } = self;
+        let numbers = weights.numbers();
         let (first, len) = (inputs.start, inputs.len());
+        let tiles = |lines: &'a [Line], pair_lines: usize| {
+            let at = |pair: usize| pair * pair_lines + first * PAIR_LINES;
+            let next = lines.as_ptr().wrapping_add(at(next));
+            (&lines[at(pair)..][..len * PAIR_LINES], Some(next))
+        };
         let (right, next) = match weights {
-            Weights::Tiles(lines) => {
-                let at = |pair: usize| (pair * left.k_tiles + first) * PAIR_LINES;
-                let next = lines.as_ptr().wrapping_add(at(next));
-                (&lines[at(pair)..][..len * PAIR_LINES], Some(next))
-            }
+            Weights::Tiles(lines) => tiles(lines, left.k_tiles() * PAIR_LINES),
+            Weights::Int8(panels) => tiles(panels.lines(), panels.pair_lines()),
             Weights::Blocks(w) => {
-                ensure(decoded, len * PAIR_LINES, Line([0; TILE_INPUTS]));
+                ensure(decoded, len * PAIR_LINES, Line::ZERO);
                 let out = &mut decoded[..len * PAIR_LINES];
                 Decode { w, pair, first, out }.run::<V>();
                 (&*out, None)
             }
         };
-        let num_row_pairs = sums.len() / SUMS;
-        for (row_pair, sums) in sums.chunks_exact_mut(SUMS).enumerate() {
-            let row = rows.start + row_pair * PAIR_ROWS;
-            let shape = Shape::new((rows.end - row).min(PAIR_ROWS));
+        let num_units = sums.len() / SUMS;
+        for (unit, sums) in sums.chunks_exact_mut(SUMS).enumerate() {
+            let row = rows.start + unit * numbers.unit_rows();
+            let shape = Shape::new(numbers, (rows.end - row).min(numbers.unit_rows()));
             if *configured != Some(shape) {
                 shape.configure();
                 *configured = Some(shape);
@@ -472,89 +344,122 @@ impl Piece<'_> {
             let operands = Operands {
                 left: [left.tiles(row, first), second],
                 right,
-                ahead: next.map(|next| ahead(right, next, (row_pair, num_row_pairs))),
+                ahead: next.map(|next| ahead(right, next, (unit, num_units))),
                 is_first: first == 0,
             };
             shape.multiply(operands, len, sums);
         }
     }
 
-    /// Writes what has been summed up of a pair of panels, and of the pairs that belong to it.
+    /// Writes what has been summed up of a pair of panels, and of the pair that belongs to it.
     #[inline(always)]
+    #[expect(
+        unsafe_code,
+        reason = "several threads write disjoint columns of the same rows, and disjoint tiles"
+    )]
     fn finish(&self, pair: usize, sums: &[Lanes]) {
+        let first_column = pair * PAIR_OUTPUTS;
         match self.out {
-            Output::Rows(out, finish) => self.write(pair, sums, (out, finish)),
-            Output::Gated { tiles, activation, bias } => {
-                self.gate(pair, sums, tiles, (activation, bias));
+            Output::Rows(out, finish) => {
+                let scales = self.scales(pair);
+                for (index, row) in self.rows.clone().enumerate() {
+                    let sums = self.sums(sums, index, &scales);
+                    for (half, sums) in sums.iter().enumerate() {
+                        let column = first_column + half * LANES;
+                        if column < out.width() {
+                            // SAFETY: the rows and columns of this piece are the runner's alone.
+                            unsafe { finish.write(out, row, column, sums) };
+                        }
+                    }
+                }
             }
-        }
-    }
-
-    #[inline(always)]
-    #[expect(unsafe_code, reason = "several threads write disjoint columns of the same rows")]
-    fn write(&self, pair: usize, sums: &[Lanes], (out, finish): (SharedRows<'_>, Finish<'_>)) {
-        for (index, row) in self.rows.clone().enumerate() {
-            for (half, sums) in sums_of(sums, index).into_iter().enumerate() {
-                let column = pair * PAIR_OUTPUTS + half * LANES;
-                if column < out.width() {
-                    // SAFETY: the rows and columns of this piece are the runner's alone.
-                    unsafe { finish.write(out, row, column, sums) };
+            Output::Gated { to, activation, bias } => {
+                let (gates, ups) = sums.split_at(sums.len() / 2);
+                let scales = [self.scales(pair), self.scales(pair + self.stripes.1)];
+                for (index, row) in self.rows.clone().enumerate() {
+                    let gate = self.sums(gates, index, &scales[0]);
+                    let up = self.sums(ups, index, &scales[1]);
+                    let gated = gate_row((gate, up), activation, bias, first_column);
+                    match to {
+                        // SAFETY: the rows and columns of this piece are the runner's alone.
+                        Gated::Rows(out) => unsafe {
+                            out.slice_mut(row, first_column, PAIR_OUTPUTS).copy_from_slice(&gated);
+                        },
+                        // SAFETY: the rows of this piece are whole tiles, its pairs of panels are its alone.
+                        Gated::Tiles(tiles) => unsafe {
+                            cut(&gated, row % LANES, tiles.tile_mut(row, pair));
+                        },
+                    }
                 }
             }
         }
     }
 
+    /// The scales of a pair of panels, where they are not in the weights.
     #[inline(always)]
-    #[expect(unsafe_code, reason = "several threads write disjoint tiles")]
-    fn gate(
-        &self,
-        pair: usize,
-        sums: &[Lanes],
-        tiles: SharedTiles<'_>,
-        (activation, bias): (Activation, Option<&[f32]>),
-    ) {
-        let (gates, ups) = sums.split_at(sums.len() / 2);
-        for (index, row) in self.rows.clone().enumerate() {
-            let (gate, up) = (sums_of(gates, index), sums_of(ups, index));
-            let mut gated = [0.0; TILE_INPUTS];
-            for half in 0..2 {
-                let (mut gate, mut up) = (*gate[half], *up[half]);
-                if let Some(bias) = bias {
-                    let column = pair * PAIR_OUTPUTS + half * LANES;
-                    add(&mut gate, &bias[column..]);
-                    add(&mut up, &bias[bias.len() / 2 + column..]);
-                }
-                activate(activation, &mut gate.0);
-                for lane in 0..LANES {
-                    gated[half * LANES + lane] = gate.0[lane] * up.0[lane];
-                }
-            }
-            // SAFETY: the rows of this piece are whole tiles, and its pairs of panels are its alone.
-            let tile = unsafe { tiles.tile_mut(row, pair) };
-            cut(&gated, row % LANES, tile);
+    fn scales(&self, pair: usize) -> [Lanes; 2] {
+        match self.weights {
+            Weights::Int8(panels) => [0, 1].map(|half| panels.scales(2 * pair + half)),
+            Weights::Tiles(_) | Weights::Blocks(_) => [Lanes::ZERO; 2],
         }
+    }
+
+    /// The two vectors of a row, of sums of all rows and a pair of panels with these scales.
+    #[inline(always)]
+    fn sums(&self, sums: &[Lanes], row: usize, scales: &[Lanes; 2]) -> [Lanes; 2] {
+        let unit_rows = self.weights.numbers().unit_rows();
+        let sums = &sums[row / unit_rows * SUMS..][..SUMS];
+        let at = |tile: usize| &sums[tile * LANES + row % LANES];
+        if self.weights.numbers() == Numbers::Bf16 {
+            let first = row % unit_rows / LANES * 2;
+            return [*at(first), *at(first + 1)];
+        }
+        // Tiles of whole numbers: both panels' sums of the upper bytes, then of the lower ones.
+        let row_scale = self.left.scale(self.rows.start + row);
+        [0, 1].map(|half| {
+            let (upper, lower) = (at(half), at(2 + half));
+            Lanes(std::array::from_fn(|lane| {
+                let [upper, lower] = [upper, lower].map(|x| x.0[lane].to_bits().cast_signed());
+                join(upper, lower) * row_scale * scales[half].0[lane]
+            }))
+        })
     }
 }
 
-/// The two vectors of a row, of sums of some rows and a pair of panels.
+/// `activation(gate) * up` of 32 columns.
 #[inline(always)]
-fn sums_of(sums: &[Lanes], row: usize) -> [&Lanes; 2] {
-    let sums = &sums[row / PAIR_ROWS * SUMS..][..SUMS];
-    let row = row % PAIR_ROWS;
-    [0, 1].map(|half| &sums[(row / LANES * 2 + half) * LANES + row % LANES])
+fn gate_row(
+    (mut gate, mut up): ([Lanes; 2], [Lanes; 2]),
+    activation: Activation,
+    bias: Option<&[f32]>,
+    first_column: usize,
+) -> [f32; PAIR_OUTPUTS] {
+    let mut gated = [0.0; PAIR_OUTPUTS];
+    for half in 0..2 {
+        if let Some(bias) = bias {
+            let column = first_column + half * LANES;
+            add(&mut gate[half], &bias[column..]);
+            add(&mut up[half], &bias[bias.len() / 2 + column..]);
+        }
+        activate(activation, &mut gate[half].0);
+        for lane in 0..LANES {
+            gated[half * LANES + lane] = gate[half].0[lane] * up[half].0[lane];
+        }
+    }
+    gated
 }
 
-/// What is asked for while some rows pass: of one pair of tiles of rows what comes right behind, of several each
-/// its share of the next weights.
+/// What is asked for while some rows pass: of few rows what comes right behind, of more each its share of the next
+/// weights.
 #[inline(always)]
-fn ahead(right: &[Line], next: *const Line, (row_pair, num_row_pairs): (usize, usize)) -> Ahead {
-    if num_row_pairs == 1 {
+fn ahead(right: &[Line], next: *const Line, (unit, num_units): (usize, usize)) -> Ahead {
+    if num_units == 1 {
         let from = right.as_ptr().wrapping_add(PAIR_LINES);
         return Ahead { from, lines_per_tile: PAIR_LINES };
     }
-    let lines_per_tile = PAIR_LINES.div_ceil(num_row_pairs).next_power_of_two().max(4);
+    let lines_per_tile = PAIR_LINES.div_ceil(num_units).next_power_of_two().max(4);
     let share = right.len() / PAIR_LINES * lines_per_tile;
-    Ahead { from: next.wrapping_add(row_pair * share), lines_per_tile }
+    Ahead { from: next.wrapping_add(unit * share), lines_per_tile }
 }
 
 #[inline(always)]
@@ -589,10 +494,10 @@ impl Kernel for Decode<'_> {
             for (index, lines) in out.as_chunks_mut::<PAIR_LINES>().0.iter_mut().enumerate() {
                 let lines = &mut lines[half * LANES..][..LANES];
                 if panel < w.num_panels() {
-                    let start = (first + index) * TILE_INPUTS;
-                    w.decode::<V, _>(panel, start..start + TILE_INPUTS, lines);
+                    let start = (first + index) * Numbers::Bf16.tile_inputs();
+                    w.decode::<V, _>(panel, start..start + Numbers::Bf16.tile_inputs(), lines);
                 } else {
-                    lines.fill(Line([0; TILE_INPUTS]));
+                    lines.fill(Line::ZERO);
                 }
             }
         }

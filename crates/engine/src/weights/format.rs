@@ -11,8 +11,36 @@ pub enum Format {
     F16,
     /// The upper half of an `f32`.
     Bf16,
+    /// A byte, from -127 to 127, and a scale for each row in front of it. No checkpoint is written like this.
+    Int8,
     /// Blocks of numbers that share a scale.
     Block(BlockFormat),
+}
+
+/// Bytes of the scale of a row in [`Format::Int8`].
+const INT8_SCALE_BYTES: usize = 4;
+
+/// Most numbers of a row in [`Format::Int8`]: sums of so many products of bytes fit 32 bits.
+const MAX_INT8_INPUTS: usize = 1 << 17;
+
+/// The scale and the numbers of a row in [`Format::Int8`].
+pub(crate) fn int8_row(bytes: &[u8]) -> (f32, impl Iterator<Item = i8>) {
+    let (scale, numbers) = bytes.split_first_chunk().expect("a row begins with its scale");
+    (f32::from_le_bytes(*scale), numbers.iter().map(|byte| byte.cast_signed()))
+}
+
+/// The largest number gets 127. Among a thousand numbers or so a smaller scale, which cuts some off, costs more than it
+/// gives.
+#[inline(always)]
+fn encode_int8(numbers: &[f32], bytes: &mut [u8]) {
+    let largest = numbers.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
+    let scale = largest / 127.0;
+    let by = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+    let (first, rest) = bytes.split_at_mut(INT8_SCALE_BYTES);
+    first.copy_from_slice(&scale.to_le_bytes());
+    for (byte, number) in rest.iter_mut().zip(numbers) {
+        *byte = ((number * by).round_ties_even() as i8).cast_unsigned();
+    }
 }
 
 impl Format {
@@ -22,6 +50,7 @@ impl Format {
             Self::F32 => "float32",
             Self::F16 => "float16",
             Self::Bf16 => "bfloat16",
+            Self::Int8 => "int8",
             Self::Block(format) => format.name(),
         }
     }
@@ -29,21 +58,27 @@ impl Format {
     /// Numbers that are written together; a row is a whole number of them.
     pub fn block_len(self) -> usize {
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => 1,
+            Self::F32 | Self::F16 | Self::Bf16 | Self::Int8 => 1,
             Self::Block(format) => format.block_len(),
         }
     }
 
-    /// Bytes of `len` numbers, a whole number of blocks.
+    /// Bytes of a row of `len` numbers, a whole number of blocks.
     pub fn num_bytes(self, len: usize) -> usize {
         match self {
             Self::F32 => len * 4,
             Self::F16 | Self::Bf16 => len * 2,
+            Self::Int8 => INT8_SCALE_BYTES + len,
             Self::Block(format) => len / format.block_len() * format.block_bytes(),
         }
     }
 
-    /// Widens numbers.
+    /// Most numbers of a row.
+    pub(crate) fn max_row_len(self) -> usize {
+        if self == Self::Int8 { MAX_INT8_INPUTS } else { usize::MAX }
+    }
+
+    /// Widens the numbers of a row.
     pub(crate) fn decode(self, bytes: &[u8], out: &mut [f32]) {
         match self {
             Self::F32 => {
@@ -61,11 +96,17 @@ impl Format {
                     *out = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
                 }
             }
+            Self::Int8 => {
+                let (scale, numbers) = int8_row(bytes);
+                for (out, number) in out.iter_mut().zip(numbers) {
+                    *out = f32::from(number) * scale;
+                }
+            }
             Self::Block(format) => format.decode(bytes, out),
         }
     }
 
-    /// Rounds numbers to this format, one that [`crate::Precision::format`] gives.
+    /// Rounds the numbers of a row to this format, one that [`crate::Precision::format`] gives.
     #[inline(always)]
     pub(crate) fn encode(self, numbers: &[f32], bytes: &mut [u8]) {
         match self {
@@ -84,6 +125,7 @@ impl Format {
                     *bytes = half::bf16::from_f32(*number).to_le_bytes();
                 }
             }
+            Self::Int8 => encode_int8(numbers, bytes),
             Self::Block(format) => format.encode(numbers, bytes),
         }
     }
@@ -91,7 +133,7 @@ impl Format {
     /// The largest number that it holds.
     pub(crate) fn max(self) -> f32 {
         match self {
-            Self::F32 => f32::MAX,
+            Self::F32 | Self::Int8 => f32::MAX,
             Self::Bf16 => half::bf16::MAX.to_f32(),
             // The scales of blocks are half precision.
             Self::F16 | Self::Block(_) => half::f16::MAX.to_f32(),
@@ -105,6 +147,7 @@ impl std::fmt::Display for Format {
             Self::F32 => f.write_str("F32"),
             Self::F16 => f.write_str("F16"),
             Self::Bf16 => f.write_str("BF16"),
+            Self::Int8 => f.write_str("INT8"),
             Self::Block(format) => format.fmt(f),
         }
     }

@@ -1,17 +1,19 @@
 //! Vectors of the x86 instruction sets.
 
 use std::arch::x86_64::{
-    __m256, __m512, __m512i, _mm_load_si128, _mm_srli_si128, _mm256_castsi256_ps,
-    _mm256_cvtepi8_epi32, _mm256_cvtepi32_ps, _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32,
-    _mm256_cvtph_ps, _mm256_fmadd_ps, _mm256_load_ps, _mm256_load_si256, _mm256_mul_ps,
-    _mm256_set1_ps, _mm256_setzero_ps, _mm256_slli_epi32, _mm256_store_ps, _mm256_sub_ps,
-    _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32,
-    _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_ps,
-    _mm512_load_si512, _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_set1_ps, _mm512_setzero_ps,
-    _mm512_slli_epi32, _mm512_store_ps, _mm512_store_si512, _mm512_sub_ps,
+    __m256, __m256i, __m512, __m512i, _mm_load_si128, _mm_loadu_si128, _mm_srli_si128,
+    _mm256_add_epi32, _mm256_castsi256_ps, _mm256_cvtepi8_epi16, _mm256_cvtepi8_epi32,
+    _mm256_cvtepi32_ps, _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
+    _mm256_fmadd_ps, _mm256_load_ps, _mm256_load_si256, _mm256_madd_epi16, _mm256_mul_ps,
+    _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_slli_epi32,
+    _mm256_store_ps, _mm256_sub_ps, _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
+    _mm512_cvtepu8_epi32, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtph_ps,
+    _mm512_fmadd_ps, _mm512_load_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16,
+    _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_store_ps, _mm512_store_si512,
+    _mm512_sub_ps,
 };
 
-use super::{Bf16Lanes, Bf16Pairs, F16Lanes, I8Lanes, Lanes, U8Lanes, Vector};
+use super::{Bf16Lanes, F16Lanes, I8Lanes, LANES, Lanes, Line, U8Lanes, Vector};
 
 /// One AVX-512 register.
 #[derive(Clone, Copy)]
@@ -91,9 +93,28 @@ impl Vector for Avx512 {
     }
 
     #[inline(always)]
-    fn store_bf16_pairs(first: Self, second: Self, to: &mut Bf16Pairs) {
+    fn store_bf16_pairs(first: Self, second: Self, to: &mut Line) {
         // SAFETY: a machine with a matrix unit has these instructions (`tiles::is_available`).
         unsafe { store_bf16_pairs(first.0, second.0, to) }
+    }
+
+    type Sums = PairSums;
+
+    const MAX_SUMS: usize = 4;
+
+    #[inline(always)]
+    fn zero_sums() -> PairSums {
+        Avx2::zero_sums()
+    }
+
+    #[inline(always)]
+    fn add_products(sums: PairSums, inputs: [i16; 4], weights: &Line) -> PairSums {
+        Avx2::add_products(sums, inputs, weights)
+    }
+
+    #[inline(always)]
+    fn read_sums(sums: PairSums) -> [i32; LANES] {
+        Avx2::read_sums(sums)
     }
 }
 
@@ -102,9 +123,9 @@ impl Vector for Avx512 {
 #[expect(unsafe_code, reason = "vector instructions")]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn store_bf16_pairs(first: __m512, second: __m512, to: &mut Bf16Pairs) {
+unsafe fn store_bf16_pairs(first: __m512, second: __m512, to: &mut Line) {
     /// `0, 16, 1, 17, …`
-    static INTERLEAVED: Bf16Pairs = Bf16Pairs({
+    static INTERLEAVED: [u16; 32] = {
         let mut order = [0; 32];
         let mut lane = 0;
         while lane < 16 {
@@ -113,12 +134,12 @@ unsafe fn store_bf16_pairs(first: __m512, second: __m512, to: &mut Bf16Pairs) {
             lane += 1;
         }
         order
-    });
-    // SAFETY: 64 bytes each, aligned to them; 32 numbers of 16 bits are 512 bits.
+    };
+    // SAFETY: 64 bytes each, a line aligned to them; 32 numbers of 16 bits are 512 bits.
     unsafe {
-        let order = _mm512_load_si512((&raw const INTERLEAVED).cast());
+        let order = _mm512_loadu_si512((&raw const INTERLEAVED).cast());
         let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(second, first));
-        let to: *mut Bf16Pairs = to;
+        let to: *mut Line = to;
         _mm512_store_si512(to.cast(), _mm512_permutexvar_epi16(order, rounded));
     }
 }
@@ -226,10 +247,45 @@ impl Vector for Avx2 {
     }
 
     #[inline(always)]
-    fn store_bf16_pairs(first: Self, second: Self, to: &mut Bf16Pairs) {
+    fn store_bf16_pairs(first: Self, second: Self, to: &mut Line) {
         let (mut a, mut b) = (Lanes::ZERO, Lanes::ZERO);
         first.store(&mut a);
         second.store(&mut b);
         Lanes::store_bf16_pairs(a, b, to);
     }
+
+    type Sums = PairSums;
+
+    const MAX_SUMS: usize = 2;
+
+    #[inline(always)]
+    fn zero_sums() -> PairSums {
+        // SAFETY: only named under avx2, fma and f16c.
+        PairSums([unsafe { _mm256_setzero_si256() }; 4])
+    }
+
+    #[inline(always)]
+    fn add_products(mut sums: PairSums, inputs: [i16; 4], weights: &Line) -> PairSums {
+        for (sums, weights) in sums.0.iter_mut().zip(weights.0.as_chunks::<16>().0) {
+            // SAFETY: only named under avx2, fma and f16c; 16 bytes are read.
+            unsafe {
+                // The first input is the lowest of four numbers of 16 bits.
+                let inputs = _mm256_set1_epi64x(std::mem::transmute::<[i16; 4], i64>(inputs));
+                let weights = _mm256_cvtepi8_epi16(_mm_loadu_si128(weights.as_ptr().cast()));
+                *sums = _mm256_add_epi32(*sums, _mm256_madd_epi16(inputs, weights));
+            }
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn read_sums(sums: PairSums) -> [i32; LANES] {
+        // SAFETY: four vectors of eight numbers, of which any bits are some.
+        let pairs = unsafe { std::mem::transmute::<PairSums, [[i32; 2]; LANES]>(sums) };
+        pairs.map(|[first, second]| first + second)
+    }
 }
+
+/// For each of 16 outputs the sums of its first two inputs' products and of its last two's.
+#[derive(Clone, Copy)]
+pub(in crate::kernels) struct PairSums([__m256i; 4]);
