@@ -2,42 +2,63 @@
 
 use std::marker::PhantomData;
 
-/// Numbers between the ends of rows: rows whose width is a power of two would otherwise share cache sets.
-const ROW_PADDING: usize = 16;
+use super::{LANES, Lanes};
 
-/// A matrix of activations, `(num_rows, width)`. Made once and reused step after step.
+/// Numbers between the ends of rows: rows whose width is a power of two would otherwise share cache sets.
+const ROW_PADDING: usize = LANES;
+
+/// A matrix of activations, `(num_rows, width)`. Made once and reused step after step. Rows begin with a cache line, so
+/// that no vector lies across two.
 #[derive(Debug, Default)]
 pub(crate) struct Activations {
-    data: Vec<f32>,
+    lanes: Vec<Lanes>,
     width: usize,
+    /// Numbers from a row to the next, whole lanes.
     stride: usize,
 }
 
 impl Activations {
     /// A matrix of zeros.
     pub(crate) fn new(num_rows: usize, width: usize) -> Self {
-        let stride = width.next_multiple_of(ROW_PADDING) + ROW_PADDING;
-        Self { data: vec![0.0; num_rows * stride], width, stride }
+        let stride = width.next_multiple_of(LANES) + ROW_PADDING;
+        Self { lanes: vec![Lanes::ZERO; num_rows * stride / LANES], width, stride }
     }
 
     /// Grows to `num_rows` at least; what was in it is undefined afterwards.
     pub(crate) fn ensure_rows(&mut self, num_rows: usize) {
-        if self.data.len() < num_rows * self.stride {
-            self.data.resize(num_rows * self.stride, 0.0);
+        let num_lanes = num_rows * self.stride / LANES;
+        if self.lanes.len() < num_lanes {
+            self.lanes.resize(num_lanes, Lanes::ZERO);
         }
     }
 
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "lanes as numbers")]
+    fn data(&self) -> &[f32] {
+        // SAFETY: lanes are numbers without gaps.
+        unsafe { std::slice::from_raw_parts(self.lanes.as_ptr().cast(), self.lanes.len() * LANES) }
+    }
+
+    #[inline(always)]
+    #[expect(unsafe_code, reason = "lanes as numbers")]
+    fn data_mut(&mut self) -> &mut [f32] {
+        let len = self.lanes.len() * LANES;
+        // SAFETY: lanes are numbers without gaps.
+        unsafe { std::slice::from_raw_parts_mut(self.lanes.as_mut_ptr().cast(), len) }
+    }
+
     pub(crate) fn row(&self, row: usize) -> &[f32] {
-        &self.data[row * self.stride..][..self.width]
+        &self.data()[row * self.stride..][..self.width]
     }
 
     pub(crate) fn row_mut(&mut self, row: usize) -> &mut [f32] {
-        &mut self.data[row * self.stride..][..self.width]
+        let (width, stride) = (self.width, self.stride);
+        &mut self.data_mut()[row * stride..][..width]
     }
 
     /// The rows from `first` on, to read.
     pub(crate) fn rows_from(&self, first: usize) -> Rows<'_> {
-        Rows { data: &self.data[first * self.stride..], stride: self.stride }
+        Rows { data: &self.data()[first * self.stride..], stride: self.stride }
     }
 
     /// All rows, to read.
@@ -47,7 +68,8 @@ impl Activations {
 
     /// The rows from `first` on, to write from several threads.
     pub(crate) fn shared_from(&mut self, first: usize) -> SharedRows<'_> {
-        SharedRows::new(&mut self.data[first * self.stride..], self.width, self.stride)
+        let (width, stride) = (self.width, self.stride);
+        SharedRows::new(&mut self.data_mut()[first * stride..], width, stride)
     }
 
     /// All rows, to write from several threads.

@@ -141,14 +141,11 @@ pub(super) fn row_scale(row: &[f32]) -> (f32, f32) {
 pub(super) fn quantise<const N: usize>(numbers: &[f32; N], by: f32) -> [i32; N] {
     // Adding it leaves the nearest whole number in the low bits of the mantissa.
     const ROUNDER: f32 = 12_582_912.0;
-    numbers.map(|x| (x * by + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()).cast_signed())
-}
-
-/// A sum of products, from the sums of its activations' upper and lower bytes.
-#[inline(always)]
-pub(super) fn join(upper: i32, lower: i32) -> f32 {
-    // Carried over first: whoever added up in another way has the same sum.
-    (upper + (lower >> 8)) as f32 * 256.0 + (lower & 255) as f32
+    let mut quantised = [0; N];
+    for (quantised, x) in quantised.iter_mut().zip(numbers) {
+        *quantised = (x * by + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()).cast_signed();
+    }
+    quantised
 }
 
 /// Rows of activations as whole numbers: a row is its numbers of 16 bits in lines, and then a line with its scale.
@@ -289,11 +286,12 @@ impl Int8Product<'_> {
                 }
             }
         }
-        let scales = self.w.scales(panel);
+        let scales = V::load(&self.w.scales(panel));
         for r in 0..R {
-            let scale = rows[r].1;
-            let sum = |lane: usize| join(upper[r][lane], lower[r][lane]) * scale * scales.0[lane];
-            let sums = Lanes(std::array::from_fn(sum));
+            let bits = |sums: [i32; LANES]| Lanes(sums.map(|sum| f32::from_bits(sum as u32)));
+            let sum = V::join(&bits(upper[r]), &bits(lower[r]));
+            let mut sums = Lanes::ZERO;
+            sum.mul(V::splat(rows[r].1)).mul(scales).store(&mut sums);
             // SAFETY: the rows and columns of this product are the runner's alone.
             unsafe { self.finish.write(self.out, row + r, panel * LANES, &sums) };
         }

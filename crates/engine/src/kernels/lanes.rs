@@ -132,6 +132,8 @@ pub(crate) trait Vector: Copy {
 
     /// All zero.
     fn zero() -> Self;
+    /// All the same.
+    fn splat(x: f32) -> Self;
     /// Reads 16 numbers.
     fn load(from: &Lanes) -> Self;
     /// Reads and widens 16 numbers.
@@ -163,6 +165,9 @@ pub(crate) trait Vector: Copy {
     fn add_products(sums: Self::Sums, inputs: [i16; 4], weights: &Line) -> Self::Sums;
     /// The sums of all outputs.
     fn read_sums(sums: Self::Sums) -> [i32; LANES];
+    /// `256 * upper + lower` of whole numbers, which are read as bits. Nothing is rounded before both are added up: who
+    /// has the same sum in other parts gets the same number.
+    fn join(upper: &Lanes, lower: &Lanes) -> Self;
 }
 
 impl Vector for Lanes {
@@ -172,6 +177,11 @@ impl Vector for Lanes {
     #[inline(always)]
     fn zero() -> Self {
         Self::ZERO
+    }
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        Self([x; LANES])
     }
 
     #[inline(always)]
@@ -260,6 +270,14 @@ impl Vector for Lanes {
     #[inline(always)]
     fn read_sums(sums: Self::Sums) -> [i32; LANES] {
         sums
+    }
+
+    #[inline(always)]
+    fn join(upper: &Lanes, lower: &Lanes) -> Self {
+        Self(std::array::from_fn(|lane| {
+            let [upper, lower] = [upper, lower].map(|x| x.0[lane].to_bits().cast_signed());
+            (upper + (lower >> 8)) as f32 * 256.0 + (lower & 255) as f32
+        }))
     }
 }
 

@@ -16,7 +16,7 @@ use std::sync::{Mutex, OnceLock};
 
 use super::blocks::{BlockPanels, InputPair};
 use super::elementwise::activate;
-use super::int8::{Int8Panels, join};
+use super::int8::Int8Panels;
 use super::lanes::Line;
 use super::{
     Cpu, Finish, Kernel, LANES, Lanes, PAIR_LINES, PAIR_OUTPUTS, Rows, SharedRows, Vector, lock,
@@ -264,7 +264,7 @@ impl<'a> Piece<'a> {
     /// meanwhile, so that memory never rests. The left-hand side of a block passes once for every pair of panels.
     #[inline(always)]
     fn multiply<V: Vector>(&self, scratch: &mut Scratch) {
-        let Self { left, rows, weights, pairs, stripes: (num_stripes, distance), .. } = self;
+        let Self { left, rows, weights, pairs, stripes: (num_stripes, _), .. } = self;
         let Scratch { sums, decoded } = scratch;
         let numbers = weights.numbers();
         let k_tiles = left.k_tiles();
@@ -278,8 +278,7 @@ impl<'a> Piece<'a> {
         };
         // Of one block nothing is kept but what is finished next.
         let is_one_block = k_tiles <= block;
-        let stripe_sums = num_units * SUMS;
-        let pair_sums = num_stripes * stripe_sums;
+        let pair_sums = num_units * num_stripes * SUMS;
         ensure(sums, pair_sums * if is_one_block { 1 } else { pairs.len() }, Lanes::ZERO);
         let mut configured = None;
         for first in (0..k_tiles).step_by(block) {
@@ -287,40 +286,38 @@ impl<'a> Piece<'a> {
             for (index, pair) in pairs.clone().enumerate() {
                 let index = if is_one_block { 0 } else { index };
                 let sums = &mut sums[index * pair_sums..][..pair_sums];
-                for (stripe, sums) in sums.chunks_exact_mut(stripe_sums).enumerate() {
-                    let last = stripe + 1 == *num_stripes;
-                    let next = if last { pair + 1 } else { pair + (stripe + 1) * distance };
-                    let pairs = (pair + stripe * distance, next);
+                for stripe in 0..*num_stripes {
                     for start in (first..end).step_by(stretch) {
                         let inputs = start..end.min(start + stretch);
-                        self.add_products::<V>(pairs, inputs, (decoded, &mut configured), sums);
+                        let scratch = (&mut *decoded, &mut configured);
+                        self.add_products::<V>((pair, stripe), inputs, scratch, sums);
                     }
-                }
-                if end == k_tiles {
-                    self.finish(pair, sums);
                 }
             }
         }
         release();
     }
 
-    /// Adds what some inputs (tiles of them) give of a pair of panels, to the sums of all rows. The next pair's are
-    /// needed afterwards.
+    /// Adds what some inputs (tiles of them) give of a pair of panels, to the sums of all rows, and writes what is
+    /// summed up then: of some rows while the unit is busy with the next.
     #[inline(always)]
     fn add_products<V: Vector>(
         &self,
-        (pair, next): (usize, usize),
+        (pair, stripe): (usize, usize),
         inputs: Range<usize>,
         (decoded, configured): (&mut Vec<Line>, &mut Option<Shape>),
         sums: &mut [Lanes],
     ) {
-        let Self { left, rows, weights, .. } = self;
+        let Self { left, rows, weights, stripes: (num_stripes, distance), .. } = self;
         let numbers = weights.numbers();
         let (first, len) = (inputs.start, inputs.len());
+        let is_last_stripe = stripe + 1 == *num_stripes;
         let tiles = |lines: &'a [Line], pair_lines: usize| {
             let at = |pair: usize| pair * pair_lines + first * PAIR_LINES;
+            // What is needed afterwards.
+            let next = if is_last_stripe { pair + 1 } else { pair + (stripe + 1) * distance };
             let next = lines.as_ptr().wrapping_add(at(next));
-            (&lines[at(pair)..][..len * PAIR_LINES], Some(next))
+            (&lines[at(pair + stripe * distance)..][..len * PAIR_LINES], Some(next))
         };
         let (right, next) = match weights {
             Weights::Tiles(lines) => tiles(lines, left.k_tiles() * PAIR_LINES),
@@ -328,12 +325,14 @@ impl<'a> Piece<'a> {
             Weights::Blocks(w) => {
                 ensure(decoded, len * PAIR_LINES, Line::ZERO);
                 let out = &mut decoded[..len * PAIR_LINES];
-                Decode { w, pair, first, out }.run::<V>();
+                Decode { w, pair: pair + stripe * distance, first, out }.run::<V>();
                 (&*out, None)
             }
         };
-        let num_units = sums.len() / SUMS;
-        for (unit, sums) in sums.chunks_exact_mut(SUMS).enumerate() {
+        let is_last = is_last_stripe && inputs.end == left.k_tiles();
+        let unit_sums = num_stripes * SUMS;
+        let num_units = sums.len() / unit_sums;
+        for unit in 0..num_units {
             let row = rows.start + unit * numbers.unit_rows();
             let shape = Shape::new(numbers, (rows.end - row).min(numbers.unit_rows()));
             if *configured != Some(shape) {
@@ -347,47 +346,75 @@ impl<'a> Piece<'a> {
                 ahead: next.map(|next| ahead(right, next, (unit, num_units))),
                 is_first: first == 0,
             };
-            shape.multiply(operands, len, sums);
+            shape.multiply(operands, len, &mut sums[unit * unit_sums + stripe * SUMS..][..SUMS]);
+            if is_last && unit > 0 {
+                self.finish::<V>(pair, unit - 1, &sums[(unit - 1) * unit_sums..][..unit_sums]);
+            }
+        }
+        if is_last {
+            let unit = num_units - 1;
+            self.finish::<V>(pair, unit, &sums[unit * unit_sums..][..unit_sums]);
         }
     }
 
-    /// Writes what has been summed up of a pair of panels, and of the pair that belongs to it.
+    /// Writes what has been summed up of some rows and a pair of panels, and of the pair that belongs to it.
     #[inline(always)]
     #[expect(
         unsafe_code,
-        reason = "several threads write disjoint columns of the same rows, and disjoint tiles"
+        reason = "several threads write disjoint columns of rows, and disjoint tiles"
     )]
-    fn finish(&self, pair: usize, sums: &[Lanes]) {
+    fn finish<V: Vector>(&self, pair: usize, unit: usize, sums: &[Lanes]) {
+        let unit_rows = self.weights.numbers().unit_rows();
+        let first_row = self.rows.start + unit * unit_rows;
+        let rows = first_row..self.rows.end.min(first_row + unit_rows);
         let first_column = pair * PAIR_OUTPUTS;
         match self.out {
             Output::Rows(out, finish) => {
-                let scales = self.scales(pair);
-                for (index, row) in self.rows.clone().enumerate() {
-                    let sums = self.sums(sums, index, &scales);
-                    for (half, sums) in sums.iter().enumerate() {
-                        let column = first_column + half * LANES;
-                        if column < out.width() {
-                            // SAFETY: the rows and columns of this piece are the runner's alone.
-                            unsafe { finish.write(out, row, column, sums) };
-                        }
+                for half in 0..2 {
+                    let column = first_column + half * LANES;
+                    if column >= out.width() {
+                        continue;
+                    }
+                    let scale = self.scale(2 * pair + half);
+                    for (index, row) in rows.clone().enumerate() {
+                        let mut lanes = Lanes::ZERO;
+                        self.sum::<V>(sums, (row, index), half, scale).store(&mut lanes);
+                        // SAFETY: the rows and columns of this piece are the runner's alone.
+                        unsafe { finish.write(out, row, column, &lanes) };
                     }
                 }
             }
             Output::Gated { to, activation, bias } => {
-                let (gates, ups) = sums.split_at(sums.len() / 2);
-                let scales = [self.scales(pair), self.scales(pair + self.stripes.1)];
-                for (index, row) in self.rows.clone().enumerate() {
-                    let gate = self.sums(gates, index, &scales[0]);
-                    let up = self.sums(ups, index, &scales[1]);
-                    let gated = gate_row((gate, up), activation, bias, first_column);
+                let (gates, ups) = sums.split_at(SUMS);
+                let scales = [0, self.stripes.1].map(|distance| {
+                    [0, 1].map(|half| self.scale::<V>(2 * (pair + distance) + half))
+                });
+                for (index, row) in rows.enumerate() {
+                    let mut gated = [Lanes::ZERO; 2];
+                    for half in 0..2 {
+                        let (mut gate, mut up) = (Lanes::ZERO, Lanes::ZERO);
+                        let at = (row, index);
+                        self.sum::<V>(gates, at, half, scales[0][half]).store(&mut gate);
+                        self.sum::<V>(ups, at, half, scales[1][half]).store(&mut up);
+                        if let Some(bias) = bias {
+                            let column = first_column + half * LANES;
+                            add(&mut gate, &bias[column..]);
+                            add(&mut up, &bias[bias.len() / 2 + column..]);
+                        }
+                        activate(activation, &mut gate.0);
+                        V::load(&gate).mul(V::load(&up)).store(&mut gated[half]);
+                    }
                     match to {
-                        // SAFETY: the rows and columns of this piece are the runner's alone.
-                        Gated::Rows(out) => unsafe {
-                            out.slice_mut(row, first_column, PAIR_OUTPUTS).copy_from_slice(&gated);
-                        },
+                        Gated::Rows(out) => {
+                            // SAFETY: the rows and columns of this piece are the runner's alone.
+                            let out = unsafe { out.slice_mut(row, first_column, PAIR_OUTPUTS) };
+                            out[..LANES].copy_from_slice(&gated[0].0);
+                            out[LANES..].copy_from_slice(&gated[1].0);
+                        }
                         // SAFETY: the rows of this piece are whole tiles, its pairs of panels are its alone.
                         Gated::Tiles(tiles) => unsafe {
-                            cut(&gated, row % LANES, tiles.tile_mut(row, pair));
+                            let [low, high] = &gated;
+                            cut([&low.0, &high.0], row % LANES, tiles.tile_mut(row, pair));
                         },
                     }
                 }
@@ -395,58 +422,34 @@ impl<'a> Piece<'a> {
         }
     }
 
-    /// The scales of a pair of panels, where they are not in the weights.
+    /// The scales of a panel, where they are not in the weights.
     #[inline(always)]
-    fn scales(&self, pair: usize) -> [Lanes; 2] {
+    fn scale<V: Vector>(&self, panel: usize) -> V {
         match self.weights {
-            Weights::Int8(panels) => [0, 1].map(|half| panels.scales(2 * pair + half)),
-            Weights::Tiles(_) | Weights::Blocks(_) => [Lanes::ZERO; 2],
+            Weights::Int8(panels) => V::load(&panels.scales(panel)),
+            Weights::Tiles(_) | Weights::Blocks(_) => V::zero(),
         }
     }
 
-    /// The two vectors of a row, of sums of all rows and a pair of panels with these scales.
+    /// What has been summed up of a row, the `index`th of those that were multiplied together, and of half a pair of
+    /// panels, whose scales these are.
     #[inline(always)]
-    fn sums(&self, sums: &[Lanes], row: usize, scales: &[Lanes; 2]) -> [Lanes; 2] {
-        let unit_rows = self.weights.numbers().unit_rows();
-        let sums = &sums[row / unit_rows * SUMS..][..SUMS];
-        let at = |tile: usize| &sums[tile * LANES + row % LANES];
-        if self.weights.numbers() == Numbers::Bf16 {
-            let first = row % unit_rows / LANES * 2;
-            return [*at(first), *at(first + 1)];
-        }
-        // Tiles of whole numbers: both panels' sums of the upper bytes, then of the lower ones.
-        let row_scale = self.left.scale(self.rows.start + row);
-        [0, 1].map(|half| {
-            let (upper, lower) = (at(half), at(2 + half));
-            Lanes(std::array::from_fn(|lane| {
-                let [upper, lower] = [upper, lower].map(|x| x.0[lane].to_bits().cast_signed());
-                join(upper, lower) * row_scale * scales[half].0[lane]
-            }))
-        })
-    }
-}
-
-/// `activation(gate) * up` of 32 columns.
-#[inline(always)]
-fn gate_row(
-    (mut gate, mut up): ([Lanes; 2], [Lanes; 2]),
-    activation: Activation,
-    bias: Option<&[f32]>,
-    first_column: usize,
-) -> [f32; PAIR_OUTPUTS] {
-    let mut gated = [0.0; PAIR_OUTPUTS];
-    for half in 0..2 {
-        if let Some(bias) = bias {
-            let column = first_column + half * LANES;
-            add(&mut gate[half], &bias[column..]);
-            add(&mut up[half], &bias[bias.len() / 2 + column..]);
-        }
-        activate(activation, &mut gate[half].0);
-        for lane in 0..LANES {
-            gated[half * LANES + lane] = gate[half].0[lane] * up[half].0[lane];
+    fn sum<V: Vector>(
+        &self,
+        sums: &[Lanes],
+        (row, index): (usize, usize),
+        half: usize,
+        scale: V,
+    ) -> V {
+        let at = |tile: usize| &sums[tile * LANES + index % LANES];
+        match self.weights.numbers() {
+            Numbers::Bf16 => V::load(at(index / LANES * 2 + half)),
+            // Tiles of both panels' sums of the upper bytes, then of the lower ones.
+            Numbers::Int8 => {
+                V::join(at(half), at(2 + half)).mul(V::splat(self.left.scale(row))).mul(scale)
+            }
         }
     }
-    gated
 }
 
 /// What is asked for while some rows pass: of few rows what comes right behind, of more each its share of the next

@@ -6,10 +6,11 @@ use std::arch::x86_64::{
     _mm256_cvtepi32_ps, _mm256_cvtepu8_epi32, _mm256_cvtepu16_epi32, _mm256_cvtph_ps,
     _mm256_fmadd_ps, _mm256_load_ps, _mm256_load_si256, _mm256_madd_epi16, _mm256_mul_ps,
     _mm256_set1_epi64x, _mm256_set1_ps, _mm256_setzero_ps, _mm256_setzero_si256, _mm256_slli_epi32,
-    _mm256_store_ps, _mm256_sub_ps, _mm512_castsi512_ps, _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps,
-    _mm512_cvtepu8_epi32, _mm512_cvtepu16_epi32, _mm512_cvtne2ps_pbh, _mm512_cvtph_ps,
-    _mm512_fmadd_ps, _mm512_load_ps, _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16,
-    _mm512_set1_ps, _mm512_setzero_ps, _mm512_slli_epi32, _mm512_store_ps, _mm512_store_si512,
+    _mm256_store_ps, _mm256_sub_ps, _mm512_add_epi32, _mm512_and_si512, _mm512_castsi512_ps,
+    _mm512_cvtepi8_epi32, _mm512_cvtepi32_ps, _mm512_cvtepu8_epi32, _mm512_cvtepu16_epi32,
+    _mm512_cvtne2ps_pbh, _mm512_cvtph_ps, _mm512_fmadd_ps, _mm512_load_ps, _mm512_load_si512,
+    _mm512_loadu_si512, _mm512_mul_ps, _mm512_permutexvar_epi16, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_setzero_ps, _mm512_slli_epi32, _mm512_srai_epi32, _mm512_store_ps, _mm512_store_si512,
     _mm512_sub_ps,
 };
 
@@ -27,6 +28,12 @@ impl Vector for Avx512 {
     fn zero() -> Self {
         // SAFETY: only named under avx512f.
         Self(unsafe { _mm512_setzero_ps() })
+    }
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        // SAFETY: only named under avx512f.
+        Self(unsafe { _mm512_set1_ps(x) })
     }
 
     #[inline(always)]
@@ -116,6 +123,20 @@ impl Vector for Avx512 {
     fn read_sums(sums: PairSums) -> [i32; LANES] {
         Avx2::read_sums(sums)
     }
+
+    #[inline(always)]
+    fn join(upper: &Lanes, lower: &Lanes) -> Self {
+        // SAFETY: only named under avx512f; 64 bytes each, aligned to them.
+        Self(unsafe {
+            let upper = _mm512_load_si512(upper.0.as_ptr().cast());
+            let lower = _mm512_load_si512(lower.0.as_ptr().cast());
+            let upper = _mm512_add_epi32(upper, _mm512_srai_epi32::<8>(lower));
+            let lower = _mm512_and_si512(lower, _mm512_set1_epi32(255));
+            let (upper, lower) = (_mm512_cvtepi32_ps(upper), _mm512_cvtepi32_ps(lower));
+            // The product is exact.
+            _mm512_fmadd_ps(upper, _mm512_set1_ps(256.0), lower)
+        })
+    }
 }
 
 /// # Safety
@@ -156,6 +177,13 @@ impl Vector for Avx2 {
     fn zero() -> Self {
         // SAFETY: only named under avx2, fma and f16c.
         unsafe { Self(_mm256_setzero_ps(), _mm256_setzero_ps()) }
+    }
+
+    #[inline(always)]
+    fn splat(x: f32) -> Self {
+        // SAFETY: only named under avx2, fma and f16c.
+        let all = unsafe { _mm256_set1_ps(x) };
+        Self(all, all)
     }
 
     #[inline(always)]
@@ -283,6 +311,11 @@ impl Vector for Avx2 {
         // SAFETY: four vectors of eight numbers, of which any bits are some.
         let pairs = unsafe { std::mem::transmute::<PairSums, [[i32; 2]; LANES]>(sums) };
         pairs.map(|[first, second]| first + second)
+    }
+
+    #[inline(always)]
+    fn join(upper: &Lanes, lower: &Lanes) -> Self {
+        Self::load(&<Lanes as Vector>::join(upper, lower))
     }
 }
 

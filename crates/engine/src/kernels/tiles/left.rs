@@ -150,7 +150,10 @@ impl Kernel for Cut<'_> {
     fn run<V: Vector>(self) {
         for (index, row) in self.rows.enumerate() {
             let row = self.x.slice(row, 0, self.in_features);
-            for_each_tile(row, self.tiles, |tile, numbers| cut(numbers, index, tile));
+            for_each_tile::<{ 2 * LANES }>(row, self.tiles, |tile, numbers| {
+                let (low, high) = numbers.split_at(LANES);
+                cut([low, high].map(|half| half.as_array().expect("half of them")), index, tile);
+            });
         }
     }
 }
@@ -158,10 +161,9 @@ impl Kernel for Cut<'_> {
 /// Cuts 32 numbers of a row: to the nearest bfloat16, and what is left of them to the nearest.
 #[inline(always)]
 #[expect(unsafe_code, reason = "vector instructions")]
-pub(super) fn cut(numbers: &[f32; 2 * LANES], row: usize, tile: &mut [Line; PAIR_LINES]) {
-    // SAFETY: there are tiles only where `is_available` has seen these instructions; 32 numbers are
-    // read, and two lines written.
-    unsafe { cut_with_vectors(numbers, &raw mut tile[row], &raw mut tile[LANES + row]) }
+pub(super) fn cut(halves: [&[f32; LANES]; 2], row: usize, tile: &mut [Line; PAIR_LINES]) {
+    // SAFETY: there are tiles only where `is_available` has seen these instructions; two lines are written.
+    unsafe { cut_with_vectors(halves, &raw mut tile[row], &raw mut tile[LANES + row]) }
 }
 
 /// # Safety
@@ -169,11 +171,10 @@ pub(super) fn cut(numbers: &[f32; 2 * LANES], row: usize, tile: &mut [Line; PAIR
 #[expect(unsafe_code, reason = "vector instructions")]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn cut_with_vectors(numbers: &[f32; 2 * LANES], first: *mut Line, second: *mut Line) {
-    // SAFETY: the caller answers for the lines; 32 numbers are there.
+unsafe fn cut_with_vectors([low, high]: [&[f32; LANES]; 2], first: *mut Line, second: *mut Line) {
+    // SAFETY: the caller answers for the lines; 16 numbers are there twice.
     unsafe {
-        let low = _mm512_loadu_ps(numbers.as_ptr());
-        let high = _mm512_loadu_ps(numbers.as_ptr().add(LANES));
+        let (low, high) = (_mm512_loadu_ps(low.as_ptr()), _mm512_loadu_ps(high.as_ptr()));
         let rounded: __m512i = std::mem::transmute(_mm512_cvtne2ps_pbh(high, low));
         let widen =
             |half| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half)));
