@@ -18,10 +18,11 @@ const CONFIG: &str = r#"{"architectures": ["Qwen2ForCausalLM"], "model_type": "q
     "intermediate_size": 4864, "num_hidden_layers": 1, "num_attention_heads": 14, "num_key_value_heads": 2,
     "vocab_size": 32000, "max_position_embeddings": 32768, "tie_word_embeddings": true}"#;
 
-const FORMATS: [Format; 6] = [
+const FORMATS: [Format; 7] = [
     Format::F32,
     Format::F16,
     Format::Bf16,
+    Format::Int8,
     Format::Block(BlockFormat::Q8_0),
     Format::Block(BlockFormat::Q6K),
     Format::Block(BlockFormat::Q4K),

@@ -31,6 +31,7 @@ pub(crate) use activations::{Activations, Rows, SharedRows};
 pub(crate) use elementwise::{
     rms_norm, rms_norm_row, rope_row, softcap, softcap_row, softmax_row, sum_lanes,
 };
+pub(crate) use int8::Int8Columns;
 pub(crate) use lanes::{Bf16Lanes, F16Lanes, I8Lanes, LANES, Lanes, Stored, Vector};
 pub(crate) use matmul::{Epilogue, Linear, matmul};
 pub(crate) use memory::Zeroed;

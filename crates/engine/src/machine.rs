@@ -27,7 +27,8 @@ const PRODUCT: [usize; 3] = [256, 1024, 512];
 /// How long a product is repeated; the fastest counts.
 const PRODUCT_TIME: Duration = Duration::from_millis(250);
 /// What the weights of the product are kept in; the fastest counts.
-const FORMATS: [Format; 3] = [Format::F32, Format::Bf16, Format::Block(BlockFormat::Q8_0)];
+const FORMATS: [Format; 4] =
+    [Format::F32, Format::Bf16, Format::Int8, Format::Block(BlockFormat::Q8_0)];
 
 /// What a machine does at most with a number of threads.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -63,7 +64,7 @@ impl MachineLimits {
 fn product_rate(cpu: &Cpu, format: Format) -> Result<f64, Error> {
     let [num_rows, in_features, out_features] = PRODUCT;
     let numbers: Vec<f32> = (0..in_features).map(|k| (k % 17) as f32 / 16.0 - 0.5).collect();
-    let write = |_row: usize, bytes: &mut [u8]| format.encode(&numbers, bytes);
+    let write = |_row: usize, bytes: &mut [u8]| format.given().encode(&numbers, bytes);
     let source = RowSource { format, num_rows: out_features, write: &write };
     let weight = PackedMatrix::pack(cpu, in_features, &[source])?;
     let linear = Linear { weight, bias: None };

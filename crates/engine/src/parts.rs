@@ -148,7 +148,7 @@ fn random_linear(
     let write = |row: usize, bytes: &mut [u8]| {
         let mut numbers = vec![0.0; in_features];
         fill(row, &mut numbers);
-        format.encode(&numbers, bytes);
+        format.given().encode(&numbers, bytes);
     };
     let source = RowSource { format, num_rows: out_features, write: &write };
     let weight = PackedMatrix::pack(cpu, in_features, &[source])?;

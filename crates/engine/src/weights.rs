@@ -17,7 +17,7 @@ use crate::Error;
 use crate::config::ModelConfig;
 use crate::model_files::is_gguf;
 pub use format::Format;
-pub(crate) use format::int8_row;
+pub(crate) use format::INT8_SCALE_BYTES;
 use gguf::{Gguf, GgufTensors};
 use safetensors::SafetensorsFiles;
 

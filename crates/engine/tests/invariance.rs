@@ -182,7 +182,7 @@ fn two_hundred_prompts_are_answered_in_any_company_as_alone() {
 #[test]
 fn so_they_are_in_other_precisions() {
     let all = settings();
-    for precision in [Precision::Fp32, Precision::Q8_0, Precision::Q4K] {
+    for precision in [Precision::Fp32, Precision::Q8_0, Precision::Int8, Precision::Q4K] {
         check(40, &[all[2], all[4]], (Some(precision), KvCacheDtype::Fp32));
     }
 }

@@ -1,7 +1,9 @@
-//! Weights of 8 bits with a scale for each output, times activations of 16 bits with a scale for each row.
+//! Weights of 8 bits with a scale for each output and each input, times activations of 16 bits with a scale for each
+//! row.
 //!
 //! Products of whole numbers are added up exactly, so the same bits come out of every instruction set, of vector units
-//! and matrix units alike. An activation counts to 2^-16 of the largest one of its row.
+//! and matrix units alike. An input's scale brings its weights nearer to the size of all others' and is multiplied into
+//! its activations, which have bits to spare: those count to 2^-16 of the largest one of their row.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -9,9 +11,10 @@ use std::sync::Mutex;
 use super::lanes::{LINE_BYTES, Line};
 use super::memory::Zeroed;
 use super::{
-    Cpu, Finish, Kernel, LANES, Lanes, PAIR_LINES, PAIR_OUTPUTS, Rows, SharedRows, Vector, lock,
+    Cpu, Finish, Kernel, LANES, Lanes, PAIR_LINES, PAIR_OUTPUTS, Rows, SharedRows, Threads, Vector,
+    lock,
 };
-use crate::weights::int8_row;
+use crate::weights::INT8_SCALE_BYTES;
 
 /// Inputs of a tile: a line has four of 16 outputs.
 pub(super) const TILE_INPUTS: usize = LANES * GROUP;
@@ -34,29 +37,122 @@ const LINE_NUMBERS: usize = LINE_BYTES / 2;
 /// Groups of them.
 const LINE_GROUPS: usize = LINE_NUMBERS / GROUP;
 
+/// Rows whose squares are added up together.
+const COLUMN_PIECE_ROWS: usize = 256;
+
+/// The smallest scale of an input, where the average is 1.
+const SMALLEST_COLUMN: f32 = 1.0 / 1024.0;
+
 /// Rows of one piece of work.
 const PIECE_ROWS: usize = 64;
 
 /// Panels of one piece of work.
 const PIECE_PANELS: usize = 4;
 
+/// The scales of a matrix' inputs, filled up to whole tiles.
+#[derive(Debug)]
+pub(crate) struct Int8Columns(Vec<f32>);
+
+impl Int8Columns {
+    /// The square roots of the columns' root mean squares, so that columns are brought half of the way to one size:
+    /// inputs that are large where their weights are would be rounded more coarsely otherwise. `read(row, numbers)` gives
+    /// rows.
+    pub(crate) fn of(
+        threads: &Threads,
+        (num_rows, row_len): (usize, usize),
+        read: impl Fn(usize, &mut [f32]) + Send + Sync,
+    ) -> Self {
+        // Added up piece by piece: the same whatever the number of threads.
+        let mut sums = vec![0.0; num_rows.div_ceil(COLUMN_PIECE_ROWS) * row_len];
+        threads.share_chunks(&mut sums, row_len.max(1), |piece, row: &mut Vec<f32>, sums| {
+            row.resize(row_len, 0.0);
+            let first = piece * COLUMN_PIECE_ROWS;
+            for index in first..num_rows.min(first + COLUMN_PIECE_ROWS) {
+                read(index, row);
+                for (sum, x) in sums.iter_mut().zip(&*row) {
+                    *sum += f64::from(*x) * f64::from(*x);
+                }
+            }
+        });
+        let mut squares = vec![0.0; row_len];
+        for sums in sums.chunks_exact(row_len.max(1)) {
+            squares.iter_mut().zip(sums).for_each(|(square, sum)| *square += sum);
+        }
+        let mean = squares.iter().sum::<f64>() / row_len as f64;
+        let scale = |square: &f64| ((square / mean).sqrt().sqrt() as f32).max(SMALLEST_COLUMN);
+        // Of zeros alone, any scale will do.
+        let mut scales: Vec<_> = squares.iter().map(scale).collect();
+        scales.resize(row_len.next_multiple_of(TILE_INPUTS), 1.0);
+        Self(scales)
+    }
+
+    /// Rounds a row: its scale, and then its numbers. The largest one gets 127: among a thousand numbers or so a smaller
+    /// scale, which cuts some off, costs more than it gives.
+    pub(crate) fn encode(&self, numbers: &[f32], bytes: &mut [u8]) {
+        let scaled = |(x, column): (&f32, &f32)| x / column;
+        let numbers = numbers.iter().zip(&self.0).map(scaled);
+        let largest = numbers.clone().fold(0.0, |largest: f32, x| largest.max(x.abs()));
+        let scale = largest / 127.0;
+        let by = if scale > 0.0 { 1.0 / scale } else { 0.0 };
+        let (first, rest) = bytes.split_at_mut(INT8_SCALE_BYTES);
+        first.copy_from_slice(&scale.to_le_bytes());
+        for (byte, number) in rest.iter_mut().zip(numbers) {
+            *byte = ((number * by).round_ties_even() as i8).cast_unsigned();
+        }
+    }
+
+    /// Widens a row.
+    pub(crate) fn decode(&self, bytes: &[u8], out: &mut [f32]) {
+        let (scale, numbers) = split_row(bytes);
+        for ((out, number), column) in out.iter_mut().zip(numbers).zip(&self.0) {
+            *out = f32::from(number.cast_signed()) * scale * column;
+        }
+    }
+
+    /// Memory of those of so many inputs.
+    pub(crate) fn num_bytes(row_len: usize) -> usize {
+        row_len.next_multiple_of(TILE_INPUTS) * size_of::<f32>()
+    }
+
+    /// Those of the inputs from `first` on.
+    #[inline(always)]
+    pub(super) fn chunk<const N: usize>(&self, first: usize) -> &[f32; N] {
+        self.0[first..].first_chunk().expect("whole tiles of inputs")
+    }
+}
+
+/// The scale and the numbers of a row.
+fn split_row(bytes: &[u8]) -> (f32, &[u8]) {
+    let (scale, numbers) = bytes.split_first_chunk().expect("a row begins with its scale");
+    (f32::from_le_bytes(*scale), numbers)
+}
+
 /// Pairs of panels: for each 64 inputs a tile of either panel, and behind them the scales of the outputs.
 #[derive(Debug)]
 pub(super) struct Int8Panels {
     lines: Zeroed<Line>,
     k_tiles: usize,
+    columns: Int8Columns,
 }
 
 impl Int8Panels {
     /// Panels of zeros.
-    pub(super) fn new(out_features: usize, in_features: usize) -> std::io::Result<Self> {
+    pub(super) fn new(out_features: usize, columns: Int8Columns) -> std::io::Result<Self> {
+        let in_features = columns.0.len();
         let lines = Zeroed::new_streamed(num_lines(out_features, in_features))?;
-        Ok(Self { lines, k_tiles: in_features.div_ceil(TILE_INPUTS) })
+        Ok(Self { lines, k_tiles: in_features / TILE_INPUTS, columns })
     }
 
-    /// All pairs, each [`Self::pair_lines`] lines, to be filled by [`pack_row`].
-    pub(super) fn lines_mut(&mut self) -> &mut [Line] {
-        &mut self.lines
+    /// The scales of the inputs, and the pairs of panels, each [`Self::pair_lines`] lines, to be filled by
+    /// [`pack_row`].
+    pub(super) fn parts_mut(&mut self) -> (&Int8Columns, &mut [Line]) {
+        (&self.columns, &mut self.lines)
+    }
+
+    /// The scales of the inputs.
+    #[inline(always)]
+    pub(super) fn columns(&self) -> &Int8Columns {
+        &self.columns
     }
 
     /// All pairs.
@@ -72,7 +168,7 @@ impl Int8Panels {
 
     /// Memory that it takes.
     pub(super) fn num_bytes(&self) -> usize {
-        size_of_val(&*self.lines)
+        size_of_val(&*self.lines) + Int8Columns::num_bytes(self.columns.0.len())
     }
 
     /// Widens the weights of one output.
@@ -81,7 +177,7 @@ impl Int8Panels {
         let scale = self.scales(output / LANES).0[output % LANES];
         for (k, out) in out.iter_mut().enumerate() {
             let (line, at) = place(output % PAIR_OUTPUTS, k);
-            *out = f32::from(pair[line].0[at].cast_signed()) * scale;
+            *out = f32::from(pair[line].0[at].cast_signed()) * scale * self.columns.0[k];
         }
     }
 
@@ -101,8 +197,13 @@ impl Int8Panels {
     }
 }
 
+/// Memory that a matrix takes.
+pub(super) fn packed_bytes(out_features: usize, in_features: usize) -> usize {
+    num_lines(out_features, in_features) * size_of::<Line>() + Int8Columns::num_bytes(in_features)
+}
+
 /// Lines of a matrix.
-pub(super) fn num_lines(out_features: usize, in_features: usize) -> usize {
+fn num_lines(out_features: usize, in_features: usize) -> usize {
     let pair_lines = in_features.div_ceil(TILE_INPUTS) * PAIR_LINES + SCALE_LINES;
     out_features.div_ceil(PAIR_OUTPUTS) * pair_lines
 }
@@ -115,22 +216,33 @@ fn place(output: usize, k: usize) -> (usize, usize) {
 
 /// Puts one output's row, a scale and then numbers, into a pair of panels of zeros.
 pub(super) fn pack_row(row: &[u8], output: usize, pair: &mut [Line]) {
-    let (scale, numbers) = int8_row(row);
+    let (scale, numbers) = split_row(row);
     let scales = pair.len() - SCALE_LINES + output / LANES;
     pair[scales].set_number(output % LANES, scale);
-    for (k, number) in numbers.enumerate() {
+    for (k, number) in numbers.iter().enumerate() {
         let (line, at) = place(output, k);
-        pair[line].0[at] = number.cast_unsigned();
+        pair[line].0[at] = *number;
     }
 }
 
-/// What makes whole numbers of a row, and its scale: what makes them numbers again. That is none if the row has any
-/// that is none, and so will all products be.
+/// What makes whole numbers of a row, after its columns' scales, and its scale: what makes them numbers again. That is
+/// none if the row has any that is none, and so will all products be.
 #[inline(always)]
-pub(super) fn row_scale(row: &[f32]) -> (f32, f32) {
-    // As whole numbers, so that what is no number is the largest.
-    let largest = row.iter().map(|x| x.abs().to_bits()).fold(0, u32::max);
-    let largest = f32::from_bits(largest);
+pub(super) fn row_scale(row: &[f32], columns: &Int8Columns) -> (f32, f32) {
+    let (chunks, rest) = row.as_chunks::<LANES>();
+    let mut largest = [0; LANES];
+    for (index, chunk) in chunks.iter().enumerate() {
+        let columns = columns.chunk::<LANES>(index * LANES);
+        for lane in 0..LANES {
+            // As whole numbers, so that what is no number is the largest.
+            largest[lane] = largest[lane].max((chunk[lane] * columns[lane]).abs().to_bits());
+        }
+    }
+    let columns = &columns.0[chunks.len() * LANES..];
+    for ((largest, x), column) in largest.iter_mut().zip(rest).zip(columns) {
+        *largest = (*largest).max((x * column).abs().to_bits());
+    }
+    let largest = f32::from_bits(largest.into_iter().fold(0, u32::max));
     let by = MAX / largest;
     let by = if by.is_finite() { by } else { 0.0 };
     (by, if largest.is_finite() { largest / MAX } else { f32::NAN })
@@ -138,12 +250,17 @@ pub(super) fn row_scale(row: &[f32]) -> (f32, f32) {
 
 /// Numbers as whole ones.
 #[inline(always)]
-pub(super) fn quantise<const N: usize>(numbers: &[f32; N], by: f32) -> [i32; N] {
+pub(super) fn quantise<const N: usize>(
+    numbers: &[f32; N],
+    columns: &[f32; N],
+    by: f32,
+) -> [i32; N] {
     // Adding it leaves the nearest whole number in the low bits of the mantissa.
     const ROUNDER: f32 = 12_582_912.0;
     let mut quantised = [0; N];
-    for (quantised, x) in quantised.iter_mut().zip(numbers) {
-        *quantised = (x * by + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()).cast_signed();
+    for ((quantised, x), column) in quantised.iter_mut().zip(numbers).zip(columns) {
+        let rounded = x * column * by + ROUNDER;
+        *quantised = rounded.to_bits().wrapping_sub(ROUNDER.to_bits()).cast_signed();
     }
     quantised
 }
@@ -156,15 +273,16 @@ pub(super) struct QuantisedRows {
 }
 
 impl QuantisedRows {
-    fn fill(&mut self, cpu: &Cpu, (x, num_rows): (Rows<'_>, usize), in_features: usize) {
-        self.row_lines = in_features.next_multiple_of(TILE_INPUTS) / LINE_NUMBERS + 1;
+    fn fill(&mut self, cpu: &Cpu, (x, num_rows): (Rows<'_>, usize), w: (&Int8Panels, usize)) {
+        let (Int8Panels { columns, k_tiles, .. }, in_features) = w;
+        self.row_lines = k_tiles * TILE_INPUTS / LINE_NUMBERS + 1;
         let num_lines = num_rows * self.row_lines;
         if self.lines.len() < num_lines {
             self.lines.resize(num_lines, Line::ZERO);
         }
         let lines = &mut self.lines[..num_lines];
         cpu.threads.share_chunks(lines, self.row_lines, |row, (): &mut (), lines| {
-            cpu.simd.run(QuantiseRow { numbers: x.slice(row, 0, in_features), lines });
+            cpu.simd.run(QuantiseRow { numbers: x.slice(row, 0, in_features), columns, lines });
         });
     }
 
@@ -179,31 +297,25 @@ impl QuantisedRows {
 
 struct QuantiseRow<'a> {
     numbers: &'a [f32],
+    columns: &'a Int8Columns,
     lines: &'a mut [Line],
 }
 
 impl Kernel for QuantiseRow<'_> {
     #[inline(always)]
     fn run<V: Vector>(self) {
-        let (by, scale) = row_scale(self.numbers);
+        let (by, scale) = row_scale(self.numbers, self.columns);
         let (last, lines) = self.lines.split_last_mut().expect("a line for the scale");
         last.set_number(0, scale);
-        let put = |line: &mut Line, numbers: &[f32; LINE_NUMBERS]| {
-            let quantised = quantise(numbers, by);
+        for (index, line) in lines.iter_mut().enumerate() {
+            let first = index * LINE_NUMBERS;
+            let mut numbers = [0.0; LINE_NUMBERS];
+            let len = self.numbers.len().saturating_sub(first).min(LINE_NUMBERS);
+            numbers[..len].copy_from_slice(&self.numbers[self.numbers.len().min(first)..][..len]);
+            let quantised = quantise(&numbers, self.columns.chunk(first), by);
             for (bytes, number) in line.0.as_chunks_mut::<2>().0.iter_mut().zip(quantised) {
                 *bytes = (number as i16).to_le_bytes();
             }
-        };
-        let (chunks, rest) = self.numbers.as_chunks::<LINE_NUMBERS>();
-        let (full, last) = lines.split_at_mut(chunks.len());
-        for (line, numbers) in full.iter_mut().zip(chunks) {
-            put(line, numbers);
-        }
-        let mut numbers = [0.0; LINE_NUMBERS];
-        numbers[..rest.len()].copy_from_slice(rest);
-        for line in last {
-            put(line, &numbers);
-            numbers = [0.0; LINE_NUMBERS];
         }
     }
 }
@@ -216,7 +328,7 @@ pub(super) fn matmul(
     (out, finish): (SharedRows<'_>, Finish<'_>),
 ) {
     let mut quantised = lock(quantised);
-    quantised.fill(cpu, (x, num_rows), in_features);
+    quantised.fill(cpu, (x, num_rows), (w, in_features));
     let x = &*quantised;
     let num_panels = out.width().div_ceil(LANES);
     let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
@@ -296,5 +408,95 @@ impl Int8Product<'_> {
             unsafe { self.finish.write(self.out, row + r, panel * LANES, &sums) };
         }
         R
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Activations, Epilogue, Linear, PackedMatrix, RowSource, Simd, matmul};
+    use super::*;
+    use crate::weights::Format;
+
+    fn multiply(simd: Simd, weights: &[f32], x: &[f32]) -> Vec<f32> {
+        let cpu = Cpu::new(simd, Threads::new(1).unwrap());
+        let write = |row: usize, bytes: &mut [u8]| {
+            Format::F32.encode(&weights[row * x.len()..][..x.len()], bytes);
+        };
+        let num_rows = weights.len() / x.len();
+        let source = RowSource { format: Format::Int8, num_rows, write: &write };
+        let weight = PackedMatrix::pack(&cpu, x.len(), &[source]).unwrap();
+        let mut rows = Activations::new(1, x.len());
+        rows.row_mut(0).copy_from_slice(x);
+        let mut out = Activations::new(1, num_rows);
+        let linear = Linear { weight, bias: None };
+        matmul(&cpu, (rows.rows(), 1), &linear, (out.shared(), Epilogue::Store));
+        out.row(0).to_vec()
+    }
+
+    #[test]
+    fn the_largest_sums_fit() {
+        // As many inputs as there may be, and every product the largest: of both signs.
+        let len = Format::Int8.max_row_len();
+        let weights: Vec<f32> = (0..3 * len).map(|i| [1.0, -1.0, 0.5][i / len]).collect();
+        for simd in Simd::available() {
+            let out = multiply(simd, &weights, &vec![3.0; len]);
+            let want = [3.0, -3.0, 1.5].map(|x| x * len as f32);
+            for (out, want) in out.iter().zip(want) {
+                assert!((out / want - 1.0).abs() < 1e-5, "{}: {out}, {want}", simd.name());
+            }
+        }
+    }
+
+    #[test]
+    fn small_activations_count_beside_large_ones() {
+        let mut x = vec![1.0; 256];
+        x[7] = 1000.0;
+        let weights: Vec<f32> = (0..256).map(|k| if k == 7 { 0.0 } else { 1.0 }).collect();
+        for simd in Simd::available() {
+            let out = multiply(simd, &weights, &x)[0];
+            assert!((out - 255.0).abs() < 255.0 * 0.02, "{}: {out}", simd.name());
+        }
+    }
+
+    #[test]
+    fn rows_of_zeros_and_of_what_is_no_number() {
+        for simd in Simd::available() {
+            let with =
+                |x: f32| multiply(simd, &[1.0; 80], &[[1.0; 79].as_slice(), &[x]].concat())[0];
+            assert_eq!(multiply(simd, &[0.0; 80], &[1.0; 80])[0], 0.0);
+            assert_eq!(multiply(simd, &[1.0; 80], &[0.0; 80])[0], 0.0);
+            assert_eq!(multiply(simd, &[1.0; 80], &[1e-42; 80])[0], 0.0);
+            assert!((with(1.0) - 80.0).abs() < 1e-2);
+            for x in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                assert!(with(x).is_nan(), "{}: {x}", simd.name());
+            }
+        }
+    }
+
+    #[test]
+    fn columns_of_several_sizes_lose_less() {
+        let (rows, len) = (40, 96);
+        let size = |k: usize| if k.is_multiple_of(8) { 8.0 } else { 0.5 };
+        let weight = |i: usize| ((i * 7919 + 13) % 101) as f32 / 50.0 - 1.0;
+        let read = |row: usize, out: &mut [f32]| {
+            for (k, out) in out.iter_mut().enumerate() {
+                *out = weight(row * len + k) * size(k);
+            }
+        };
+        let columns = Int8Columns::of(&Threads::new(2).unwrap(), (rows, len), read);
+        let flat = Int8Columns(vec![1.0; 128]);
+        let error = |columns: &Int8Columns| {
+            let (mut row, mut decoded) = (vec![0.0; len], vec![0.0; len]);
+            let mut bytes = vec![0; Format::Int8.num_bytes(len)];
+            let mut error = 0.0;
+            for index in 0..rows {
+                read(index, &mut row);
+                columns.encode(&row, &mut bytes);
+                columns.decode(&bytes, &mut decoded);
+                error += row.iter().zip(&decoded).map(|(a, b)| (a - b) * (a - b)).sum::<f32>();
+            }
+            error
+        };
+        assert!(error(&columns) < 0.5 * error(&flat), "{} {}", error(&columns), error(&flat));
     }
 }

@@ -127,7 +127,7 @@ pub(crate) fn matmul(
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::{Activations, RowSource, Simd, Threads};
+    use super::super::{Activations, Int8Columns, RowSource, Simd, Threads};
     use super::*;
     use crate::quant::BlockFormat;
     use crate::weights::Format;
@@ -140,11 +140,10 @@ mod tests {
 
     /// A row's bytes in a format; of blocks any bytes will do, with scales about 1.
     fn row_bytes(format: Format, row: usize, bytes: &mut [u8]) {
-        let Format::Block(block) = format else {
-            let header = format.num_bytes(0);
-            let len = (bytes.len() - header) / (format.num_bytes(1) - header);
+        let Format::Block(block) = format.given() else {
+            let len = bytes.len() / format.given().num_bytes(1);
             let numbers: Vec<f32> = (0..len).map(|k| number(row * 1000 + k)).collect();
-            format.encode(&numbers, bytes);
+            format.given().encode(&numbers, bytes);
             return;
         };
         for (i, byte) in bytes.iter_mut().enumerate() {
@@ -184,14 +183,30 @@ mod tests {
     }
 
     fn decoded(in_features: usize, parts: &[(Format, usize)]) -> Vec<Vec<f32>> {
-        let row = |format: Format, row: usize| {
-            let mut bytes = vec![0; format.num_bytes(in_features)];
+        let given = |format: Format, row: usize| {
+            let mut bytes = vec![0; format.given().num_bytes(in_features)];
             row_bytes(format, row, &mut bytes);
             let mut out = vec![0.0; in_features];
-            format.decode(&bytes, &mut out);
+            format.given().decode(&bytes, &mut out);
             out
         };
-        parts.iter().flat_map(|(format, len)| (0..*len).map(|i| row(*format, i))).collect()
+        let mut decoded = Vec::new();
+        for parts in parts.chunk_by(|(a, _), (b, _)| a == b) {
+            let rows = parts.iter().flat_map(|(format, len)| (0..*len).map(|i| given(*format, i)));
+            let mut rows: Vec<_> = rows.collect();
+            if parts[0].0 == Format::Int8 {
+                let threads = Threads::new(1).unwrap();
+                let read = |row: usize, out: &mut [f32]| out.copy_from_slice(&rows[row]);
+                let columns = Int8Columns::of(&threads, (rows.len(), in_features), read);
+                let mut bytes = vec![0; Format::Int8.num_bytes(in_features)];
+                for row in &mut rows {
+                    columns.encode(row, &mut bytes);
+                    columns.decode(&bytes, row);
+                }
+            }
+            decoded.append(&mut rows);
+        }
+        decoded
     }
 
     fn multiply(cpu: &Cpu, rows: usize, linear: &Linear) -> Vec<f32> {

@@ -149,7 +149,7 @@ mod tests {
     fn linear(cpu: &Cpu, format: Format, [inputs, outputs]: [usize; 2], biased: bool) -> Linear {
         let write = |row: usize, bytes: &mut [u8]| {
             let numbers: Vec<f32> = (0..inputs).map(|k| number(row * inputs + k)).collect();
-            format.encode(&numbers, bytes);
+            format.given().encode(&numbers, bytes);
         };
         let source = RowSource { format, num_rows: outputs, write: &write };
         let weight = PackedMatrix::pack(cpu, inputs, &[source]).unwrap();

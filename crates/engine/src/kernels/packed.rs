@@ -1,7 +1,7 @@
 //! The weights of a linear layer, packed at load into panels of 16 outputs.
 
 use super::blocks::{BlockPanels, lines_per_panel, pack_row};
-use super::int8::{self, Int8Panels};
+use super::int8::{self, Int8Columns, Int8Panels};
 use super::lanes::{Bf16Lanes, F16Lanes, Line, Stored, U8Lanes};
 use super::memory::{Plain, Zeroed};
 #[cfg(target_arch = "x86_64")]
@@ -48,7 +48,7 @@ pub(crate) struct RowSource<'a> {
     pub(crate) format: Format,
     /// How many there are.
     pub(crate) num_rows: usize,
-    /// Writes the bytes of a row, in this format.
+    /// Writes the bytes of a row, in this format or what it is given in ([`Format::given`]).
     pub(crate) write: &'a (dyn Fn(usize, &mut [u8]) + Sync),
 }
 
@@ -125,7 +125,7 @@ pub(crate) fn packed_bytes(
         return num_tile_lines(out_features, in_features) * size_of::<Line>();
     }
     if format == Format::Int8 {
-        return int8::num_lines(out_features, in_features) * size_of::<Line>();
+        return int8::packed_bytes(out_features, in_features);
     }
     let panel_bytes = match format {
         Format::Block(block) => lines_per_panel(block, in_features) * size_of::<U8Lanes>(),
@@ -184,18 +184,7 @@ impl PackedRows {
             Format::Bf16 => Panels::Bf16(rows.pack(|lanes: &mut Bf16Lanes, lane, bytes| {
                 lanes.0[lane] = u16::from_le_bytes(bytes);
             })?),
-            Format::Int8 => {
-                let mut panels = Int8Panels::new(num_outputs, in_features)?;
-                let lines = panels.pair_lines();
-                rows.pack_panels::<_, PAIR_OUTPUTS>(
-                    panels.lines_mut(),
-                    lines,
-                    |pair, output, bytes| {
-                        int8::pack_row(bytes, output, pair);
-                    },
-                );
-                Panels::Int8(panels)
-            }
+            Format::Int8 => Panels::Int8(rows.pack_int8()?),
             Format::Block(block) => {
                 let num_panels = num_outputs.div_ceil(LANES);
                 let mut panels = BlockPanels::new(block, num_panels, in_features)?;
@@ -250,6 +239,30 @@ impl<W: Fn(usize, &mut [u8]) + Sync> Rows<'_, W> {
         Ok(lines)
     }
 
+    /// Pairs of panels of whole numbers.
+    fn pack_int8(&self) -> std::io::Result<Int8Panels> {
+        let row_bytes = self.format.num_bytes(self.in_features);
+        let given_bytes = self.format.given().num_bytes(self.in_features);
+        let read = |row: usize, numbers: &mut [f32]| {
+            let mut bytes = vec![0; given_bytes];
+            (self.write)(row, &mut bytes);
+            self.format.given().decode(&bytes, numbers);
+        };
+        let shape = (self.num_outputs, self.in_features);
+        let columns = Int8Columns::of(self.threads, shape, read);
+        let mut panels = Int8Panels::new(self.num_outputs, columns)?;
+        let pair_lines = panels.pair_lines();
+        let (columns, lines) = panels.parts_mut();
+        self.pack_panels::<Line, PAIR_OUTPUTS>(lines, pair_lines, |pair, output, bytes| {
+            let mut numbers = vec![0.0; self.in_features];
+            self.format.given().decode(bytes, &mut numbers);
+            let mut row = vec![0; row_bytes];
+            columns.encode(&numbers, &mut row);
+            int8::pack_row(&row, output, pair);
+        });
+        Ok(panels)
+    }
+
     /// Calls `put(panel, lane, bytes of the row)` for every row, where panels are of `WIDTH` outputs.
     fn pack_panels<T: Send, const WIDTH: usize>(
         &self,
@@ -257,7 +270,7 @@ impl<W: Fn(usize, &mut [u8]) + Sync> Rows<'_, W> {
         panel_len: usize,
         put: impl Fn(&mut [T], usize, &[u8]) + Send + Sync,
     ) {
-        let row_bytes = self.format.num_bytes(self.in_features);
+        let row_bytes = self.format.given().num_bytes(self.in_features);
         self.threads.share_chunks(panels, panel_len, |index, bytes: &mut Vec<u8>, panel| {
             bytes.resize(row_bytes, 0);
             let first = index * WIDTH;

@@ -170,7 +170,7 @@ pub(super) fn matmul(
     (out, finish): (SharedRows<'_>, Finish<'_>),
 ) {
     let mut left = lock(&tiles.left);
-    left.fill(cpu, (x, num_rows), (weights.numbers(), in_features));
+    left.fill(cpu, (x, num_rows), (weights, in_features));
     let shape = (in_features, out.width());
     multiply((cpu, tiles), (&left, num_rows), (weights, shape), Output::Rows(out, finish));
 }
@@ -196,7 +196,7 @@ pub(super) fn matmul_gated(
 ) {
     assert!(out_features.is_multiple_of(2 * PAIR_OUTPUTS), "gates and ups in pairs of panels");
     let mut left = lock(&tiles.left);
-    left.fill(cpu, (x, num_rows), (weights.numbers(), in_features));
+    left.fill(cpu, (x, num_rows), (weights, in_features));
     let shape = (in_features, out_features);
     let out = Output::Gated { to, activation, bias };
     multiply((cpu, tiles), (&left, num_rows), (weights, shape), out);

@@ -5,7 +5,9 @@ use std::cell::{Cell, RefCell};
 use std::sync::OnceLock;
 
 use crate::Error;
-use crate::kernels::{Cpu, Kernel, PackedMatrix, RowSource, Simd, Vector, packed_bytes};
+use crate::kernels::{
+    Cpu, Int8Columns, Kernel, PackedMatrix, RowSource, Simd, Vector, packed_bytes,
+};
 use crate::precision::{MatrixRole, Precision};
 use crate::quant::MAX_BLOCK_LEN;
 use crate::weights::{Format, Tensor};
@@ -36,6 +38,8 @@ pub(crate) struct Account {
 #[derive(Debug)]
 pub(super) struct StoredRows {
     format: Format,
+    /// Scales of the columns, where rows are whole numbers.
+    columns: Option<Int8Columns>,
     bytes: Vec<u8>,
 }
 
@@ -119,16 +123,32 @@ impl<'a> Packing<'a> {
         let format = self.format(role, tensor);
         let row_bytes = format.num_bytes(tensor.row_len());
         self.add(row_bytes * tensor.num_rows());
+        if format == Format::Int8 {
+            self.add(Int8Columns::num_bytes(tensor.row_len()));
+        }
         let Some(cpu) = self.cpu else {
-            return Ok(StoredRows { format, bytes: Vec::new() });
+            return Ok(StoredRows { format, columns: None, bytes: Vec::new() });
         };
         let convert = Convert { simd: cpu.simd, problem: OnceLock::new() };
+        let columns = (format == Format::Int8).then(|| {
+            let shape = (tensor.num_rows(), tensor.row_len());
+            Int8Columns::of(&cpu.threads, shape, |row, numbers| tensor.decode_row(row, numbers))
+        });
         let mut bytes = vec![0; row_bytes * tensor.num_rows()];
-        cpu.threads.share_chunks(&mut bytes, row_bytes, |row, (): &mut (), out| {
-            convert.row(tensor, row, format, out);
+        let given_bytes = format.given().num_bytes(tensor.row_len());
+        cpu.threads.share_chunks(&mut bytes, row_bytes, |row, given: &mut Vec<u8>, out| {
+            let Some(columns) = &columns else {
+                convert.row(tensor, row, format, out);
+                return;
+            };
+            given.resize(given_bytes, 0);
+            convert.row(tensor, row, format, given);
+            let mut numbers = vec![0.0; tensor.row_len()];
+            format.given().decode(given, &mut numbers);
+            columns.encode(&numbers, out);
         });
         convert.finish(name)?;
-        Ok(StoredRows { format, bytes })
+        Ok(StoredRows { format, columns, bytes })
     }
 
     /// How a tensor is kept.
@@ -165,7 +185,11 @@ impl StoredRows {
     /// Widens a row.
     pub(super) fn look_up(&self, row: usize, out: &mut [f32]) {
         let row_bytes = self.format.num_bytes(out.len());
-        self.format.decode(&self.bytes[row * row_bytes..][..row_bytes], out);
+        let bytes = &self.bytes[row * row_bytes..][..row_bytes];
+        match &self.columns {
+            Some(columns) => columns.decode(bytes, out),
+            None => self.format.decode(bytes, out),
+        }
     }
 }
 
@@ -176,9 +200,10 @@ struct Convert {
 }
 
 impl Convert {
-    fn row(&self, tensor: &Tensor<'_>, row: usize, to: Format, out: &mut [u8]) {
-        let from = tensor.format();
-        if from == to {
+    /// A row as it is given to be kept in a format.
+    fn row(&self, tensor: &Tensor<'_>, row: usize, kept: Format, out: &mut [u8]) {
+        let to = kept.given();
+        if tensor.format() == kept {
             out.copy_from_slice(tensor.row(row));
             return;
         }

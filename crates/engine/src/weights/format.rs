@@ -11,37 +11,18 @@ pub enum Format {
     F16,
     /// The upper half of an `f32`.
     Bf16,
-    /// A byte, from -127 to 127, and a scale for each row in front of it. No checkpoint is written like this.
+    /// A byte from -127 to 127, with a scale for its row, which stands in front of it, and one for its column. No
+    /// checkpoint is written like this.
     Int8,
     /// Blocks of numbers that share a scale.
     Block(BlockFormat),
 }
 
 /// Bytes of the scale of a row in [`Format::Int8`].
-const INT8_SCALE_BYTES: usize = 4;
+pub(crate) const INT8_SCALE_BYTES: usize = 4;
 
 /// Most numbers of a row in [`Format::Int8`]: sums of so many products of bytes fit 32 bits.
 const MAX_INT8_INPUTS: usize = 1 << 17;
-
-/// The scale and the numbers of a row in [`Format::Int8`].
-pub(crate) fn int8_row(bytes: &[u8]) -> (f32, impl Iterator<Item = i8>) {
-    let (scale, numbers) = bytes.split_first_chunk().expect("a row begins with its scale");
-    (f32::from_le_bytes(*scale), numbers.iter().map(|byte| byte.cast_signed()))
-}
-
-/// The largest number gets 127. Among a thousand numbers or so a smaller scale, which cuts some off, costs more than it
-/// gives.
-#[inline(always)]
-fn encode_int8(numbers: &[f32], bytes: &mut [u8]) {
-    let largest = numbers.iter().fold(0.0, |largest: f32, x| largest.max(x.abs()));
-    let scale = largest / 127.0;
-    let by = if scale > 0.0 { 1.0 / scale } else { 0.0 };
-    let (first, rest) = bytes.split_at_mut(INT8_SCALE_BYTES);
-    first.copy_from_slice(&scale.to_le_bytes());
-    for (byte, number) in rest.iter_mut().zip(numbers) {
-        *byte = ((number * by).round_ties_even() as i8).cast_unsigned();
-    }
-}
 
 impl Format {
     /// Its name: that of the block format, or transformers' for plain numbers.
@@ -78,7 +59,12 @@ impl Format {
         if self == Self::Int8 { MAX_INT8_INPUTS } else { usize::MAX }
     }
 
-    /// Widens the numbers of a row.
+    /// What numbers are given in, to be kept in this format: of whole numbers the scales depend on all rows.
+    pub(crate) fn given(self) -> Self {
+        if self == Self::Int8 { Self::F32 } else { self }
+    }
+
+    /// Widens the numbers of a row. Those of [`Self::Int8`] are known to `kernels::Int8Columns`.
     pub(crate) fn decode(self, bytes: &[u8], out: &mut [f32]) {
         match self {
             Self::F32 => {
@@ -96,17 +82,12 @@ impl Format {
                     *out = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
                 }
             }
-            Self::Int8 => {
-                let (scale, numbers) = int8_row(bytes);
-                for (out, number) in out.iter_mut().zip(numbers) {
-                    *out = f32::from(number) * scale;
-                }
-            }
+            Self::Int8 => panic!("columns have scales too"),
             Self::Block(format) => format.decode(bytes, out),
         }
     }
 
-    /// Rounds the numbers of a row to this format, one that [`crate::Precision::format`] gives.
+    /// Rounds the numbers of a row to this format, one that [`Self::given`] gives for [`crate::Precision::format`].
     #[inline(always)]
     pub(crate) fn encode(self, numbers: &[f32], bytes: &mut [u8]) {
         match self {
@@ -125,7 +106,7 @@ impl Format {
                     *bytes = half::bf16::from_f32(*number).to_le_bytes();
                 }
             }
-            Self::Int8 => encode_int8(numbers, bytes),
+            Self::Int8 => panic!("columns have scales too"),
             Self::Block(format) => format.encode(numbers, bytes),
         }
     }

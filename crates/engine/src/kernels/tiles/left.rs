@@ -8,10 +8,10 @@ use std::arch::x86_64::{
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use super::super::int8::{self, quantise, row_scale};
+use super::super::int8::{self, Int8Columns, quantise, row_scale};
 use super::super::lanes::Line;
 use super::super::{Cpu, Kernel, LANES, PAIR_LINES, Rows, Vector};
-use super::{Numbers, run_beside_tiles};
+use super::{Numbers, Weights, run_beside_tiles};
 
 /// A left-hand side: a tile of 16 rows is 16 lines of the numbers' first parts, then 16 of their second. Tiles of
 /// the same rows lie one behind the other; behind them, where numbers are whole, is a line with the rows' scales.
@@ -46,17 +46,22 @@ impl Left {
         &mut self,
         cpu: &Cpu,
         (x, num_rows): (Rows<'_>, usize),
-        (numbers, in_features): (Numbers, usize),
+        (weights, in_features): (Weights<'_>, usize),
     ) {
-        self.lines_mut(numbers, num_rows, in_features);
+        self.lines_mut(weights.numbers(), num_rows, in_features);
         let Self { lines, row_lines, .. } = self;
         let lines = &mut lines[..num_rows.div_ceil(LANES) * *row_lines];
         cpu.threads.share_chunks(lines, *row_lines, |tile, (): &mut (), tiles| {
             let first = tile * LANES;
             let rows = first..num_rows.min(first + LANES);
-            match numbers {
-                Numbers::Bf16 => run_beside_tiles(Cut { x, rows, in_features, tiles }),
-                Numbers::Int8 => run_beside_tiles(Quantise { x, rows, in_features, tiles }),
+            match weights {
+                Weights::Tiles(_) | Weights::Blocks(_) => {
+                    run_beside_tiles(Cut { x, rows, in_features, tiles });
+                }
+                Weights::Int8(panels) => {
+                    let columns = panels.columns();
+                    run_beside_tiles(Quantise { x, rows, in_features, columns, tiles });
+                }
             }
         });
     }
@@ -118,22 +123,22 @@ impl<'a> SharedTiles<'a> {
     }
 }
 
-/// Calls `put(tile, numbers)` for every tile of a row, the last filled up with zeros.
+/// Calls `put(tile, its index, numbers)` for every tile of a row, the last filled up with zeros.
 #[inline(always)]
 fn for_each_tile<const N: usize>(
     row: &[f32],
     tiles: &mut [Line],
-    mut put: impl FnMut(&mut [Line; PAIR_LINES], &[f32; N]),
+    mut put: impl FnMut(&mut [Line; PAIR_LINES], usize, &[f32; N]),
 ) {
     let (chunks, rest) = row.as_chunks::<N>();
     let (full, last) = tiles.as_chunks_mut::<PAIR_LINES>().0.split_at_mut(chunks.len());
-    for (numbers, tile) in chunks.iter().zip(full) {
-        put(tile, numbers);
+    for (index, (numbers, tile)) in chunks.iter().zip(full).enumerate() {
+        put(tile, index, numbers);
     }
     if let Some(tile) = last.first_mut() {
         let mut numbers = [0.0; N];
         numbers[..rest.len()].copy_from_slice(rest);
-        put(tile, &numbers);
+        put(tile, chunks.len(), &numbers);
     }
 }
 
@@ -150,7 +155,7 @@ impl Kernel for Cut<'_> {
     fn run<V: Vector>(self) {
         for (index, row) in self.rows.enumerate() {
             let row = self.x.slice(row, 0, self.in_features);
-            for_each_tile::<{ 2 * LANES }>(row, self.tiles, |tile, numbers| {
+            for_each_tile::<{ 2 * LANES }>(row, self.tiles, |tile, _, numbers| {
                 let (low, high) = numbers.split_at(LANES);
                 cut([low, high].map(|half| half.as_array().expect("half of them")), index, tile);
             });
@@ -191,6 +196,7 @@ struct Quantise<'a> {
     x: Rows<'a>,
     rows: Range<usize>,
     in_features: usize,
+    columns: &'a Int8Columns,
     tiles: &'a mut [Line],
 }
 
@@ -200,12 +206,13 @@ impl Kernel for Quantise<'_> {
         let (scales, tiles) = self.tiles.split_last_mut().expect("a line for the scales");
         for (index, row) in self.rows.enumerate() {
             let row = self.x.slice(row, 0, self.in_features);
-            let (by, scale) = row_scale(row);
+            let (by, scale) = row_scale(row, self.columns);
             scales.set_number(index, scale);
-            for_each_tile::<{ int8::TILE_INPUTS }>(row, tiles, |tile, numbers| {
+            for_each_tile::<{ int8::TILE_INPUTS }>(row, tiles, |tile, k_tile, numbers| {
+                let columns = self.columns.chunk(k_tile * int8::TILE_INPUTS);
                 let (upper, lower) = tile.split_at_mut(LANES);
                 let bytes = upper[index].0.iter_mut().zip(&mut lower[index].0);
-                for ((upper, lower), number) in bytes.zip(quantise(numbers, by)) {
+                for ((upper, lower), number) in bytes.zip(quantise(numbers, columns, by)) {
                     // Both from -128 to 127: the lower one to the nearest multiple of 256.
                     *lower = number as u8;
                     *upper = ((number + 128) >> 8) as u8;
