@@ -71,7 +71,7 @@ impl Outsider {
         let (client, counter) = (self.client.clone(), Arc::clone(&count));
         let subscribing = async {
             let subscriber = client.subscribe(subject.to_owned()).await.unwrap();
-            client.flush().await.unwrap();
+            settle(&client).await;
             subscriber
         };
         let mut requests = self.runtime.block_on(subscribing);
@@ -147,4 +147,11 @@ impl Outsider {
         };
         self.runtime.block_on(looking)
     }
+}
+
+/// Waits until the server has done what this client told it, its subscriptions among that: a round trip. A flush only
+/// hands everything to the system.
+pub async fn settle(client: &Client) {
+    let asked = client.request("nobody.listens.here", Vec::new().into()).await;
+    assert!(asked.is_err(), "somebody answered: {asked:?}");
 }

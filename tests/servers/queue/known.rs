@@ -7,6 +7,7 @@ use shared::status::Known;
 use shared::{IdDigest, JobId};
 
 use super::*;
+use flotilla_tests::outsider::settle;
 
 /// Long enough for an answer, short enough to wait for none.
 const SHORT: Duration = Duration::from_millis(300);
@@ -81,7 +82,7 @@ async fn a_reply_that_is_none_or_late_is_an_error() {
     let fleet = fleet(&server).await;
     let stranger = stranger(&server).await;
     let mut asked = stranger.subscribe("flotilla.known.run=2E1=20=C3=A9").await.unwrap();
-    stranger.flush().await.unwrap();
+    settle(&stranger).await;
     for garbage in ["", "garbage", "a text that is much longer than a reply can be"] {
         let ids = digests(3);
         let run = run();

@@ -25,7 +25,7 @@ const GROUP: usize = LINE_BYTES / LANES;
 /// Lines behind the tiles of a pair of panels: their scales.
 const SCALE_LINES: usize = 2;
 
-/// The largest whole number of an activation: both of its bytes hold -127 to 127.
+/// The largest whole number of an activation: neither of its bytes is above 127.
 const MAX: f32 = 127.0 * 256.0 + 127.0;
 
 /// Tiles along the inputs whose products are less than 2^31 together, with activations of 16 bits.
@@ -97,7 +97,7 @@ impl Int8Columns {
         let (first, rest) = bytes.split_at_mut(INT8_SCALE_BYTES);
         first.copy_from_slice(&scale.to_le_bytes());
         for (byte, number) in rest.iter_mut().zip(numbers) {
-            *byte = ((number * by).round_ties_even() as i8).cast_unsigned();
+            *byte = nearest(number * by) as u8;
         }
     }
 
@@ -255,14 +255,19 @@ pub(super) fn quantise<const N: usize>(
     columns: &[f32; N],
     by: f32,
 ) -> [i32; N] {
-    // Adding it leaves the nearest whole number in the low bits of the mantissa.
-    const ROUNDER: f32 = 12_582_912.0;
     let mut quantised = [0; N];
     for ((quantised, x), column) in quantised.iter_mut().zip(numbers).zip(columns) {
-        let rounded = x * column * by + ROUNDER;
-        *quantised = rounded.to_bits().wrapping_sub(ROUNDER.to_bits()).cast_signed();
+        *quantised = nearest(x * column * by);
     }
     quantised
+}
+
+/// The nearest whole number, of numbers below 2^22.
+#[inline(always)]
+fn nearest(x: f32) -> i32 {
+    // Adding it leaves the nearest whole number in the low bits of the mantissa.
+    const ROUNDER: f32 = 12_582_912.0;
+    (x + ROUNDER).to_bits().wrapping_sub(ROUNDER.to_bits()).cast_signed()
 }
 
 /// Rows of activations as whole numbers: a row is its numbers of 16 bits in lines, and then a line with its scale.
