@@ -5,7 +5,7 @@
 //! always runs in one fixed order with fused multiply-adds: so the same bits come out of every vector
 //! unit, batch, chunk and number of threads. Products with weights of 16 bits or less run on a matrix unit
 //! where there is one (`tiles`); its bits are its own, and again the same for every batch, chunk and number
-//! of threads. Called by the decoder and attention.
+//! of threads. Sums of whole numbers (`int8`) are exact, and the same on all of them. Called by the decoder and attention.
 
 mod activations;
 mod blocks;

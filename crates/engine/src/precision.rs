@@ -2,8 +2,9 @@
 //! tensor.
 //!
 //! A precision says how much of each number is kept in memory. Arithmetic is `f32`, but for products on a
-//! matrix unit, where bfloat16 weights count exactly and decoded blocks are rounded to bfloat16 (`kernels`). Norms, biases and the routers of experts are always `f32`: they are small, and everything
-//! passes through them. The embedding and the output layer, which meet the vocabulary, are kept one step
+//! matrix unit, where bfloat16 weights count exactly and decoded blocks are rounded to bfloat16 (`kernels`),
+//! and for [`Precision::Int8`], whose products are whole numbers everywhere. Norms, biases and the routers of
+//! experts are always `f32`: they are small, and everything passes through them. The embedding and the output layer, which meet the vocabulary, are kept one step
 //! finer than 4 bits.
 
 use std::fmt::{Display, Formatter};
@@ -26,7 +27,7 @@ pub enum Precision {
     Bf16,
     /// 8 bits, a scale for every 32 weights: 8.5 bits a weight.
     Q8_0,
-    /// 8 bits, a scale for every output; activations are rounded to 16 bits.
+    /// 8 bits, a scale for every output and every input; activations are rounded to 16 bits.
     Int8,
     /// 6 bits, a scale for every 16 weights: 6.6 bits a weight.
     Q6K,

@@ -149,8 +149,8 @@ pub(crate) struct ModelOptions {
     /// Where inference runs.
     #[arg(long, value_enum, default_value_t = InferenceType::Local)]
     pub(crate) inference_type: InferenceType,
-    /// How weights are kept in memory: fp32, fp16, bf16, or quantised while loading to q8_0, int8 (the fastest),
-    /// q6_k or q4_k [default: as the checkpoint stores them].
+    /// How weights are kept in memory: fp32, fp16, bf16, or quantised while loading to q8_0, int8 (the fastest
+    /// with AMX), q6_k or q4_k [default: as the checkpoint stores them].
     #[arg(long, value_name = "NAME", value_parser = named(&Precision::ALL, Precision::name))]
     pub(crate) precision: Option<Precision>,
     /// How the KV cache keeps keys and values [default: fp16, fp32 beside weights in fp32].
