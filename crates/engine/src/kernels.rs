@@ -59,7 +59,7 @@ pub(crate) struct Cpu {
     /// The threads.
     pub(crate) threads: Threads,
     /// Left-hand sides of products of whole numbers.
-    quantised: Mutex<int8::QuantisedRows>,
+    quantised: int8::Quantised,
     /// What products on the matrix unit need.
     #[cfg(target_arch = "x86_64")]
     tiles: Option<tiles::Tiles>,
@@ -69,7 +69,7 @@ impl Cpu {
     /// What computes on an instruction set and some threads.
     pub(crate) fn new(simd: Simd, threads: Threads) -> Self {
         Self {
-            quantised: Mutex::default(),
+            quantised: int8::Quantised::default(),
             #[cfg(target_arch = "x86_64")]
             tiles: simd.has_matrix_unit().then(|| tiles::Tiles::new(threads.num_threads())),
             simd,
@@ -93,6 +93,9 @@ enum Level {
     /// AVX-512 and the matrix unit.
     #[cfg(target_arch = "x86_64")]
     Amx,
+    /// AVX-512 with products of bytes.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
@@ -113,6 +116,9 @@ impl Simd {
                 levels.push(Self(Level::Amx));
             }
             if has_avx2 && is_x86_feature_detected!("avx512f") {
+                if is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vnni") {
+                    levels.push(Self(Level::Avx512Vnni));
+                }
                 levels.push(Self(Level::Avx512));
             }
             if has_avx2 {
@@ -134,6 +140,8 @@ impl Simd {
             #[cfg(target_arch = "x86_64")]
             Level::Amx => "amx",
             #[cfg(target_arch = "x86_64")]
+            Level::Avx512Vnni => "avx512-vnni",
+            #[cfg(target_arch = "x86_64")]
             Level::Avx512 => "avx512",
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => "avx2",
@@ -150,13 +158,19 @@ impl Simd {
         has_unit
     }
 
+    /// Whether it has instructions for products of bytes.
+    #[cfg(target_arch = "x86_64")]
+    fn multiplies_bytes(self) -> bool {
+        self.0 == Level::Avx512Vnni
+    }
+
     /// Runs a kernel compiled for this instruction set.
     #[expect(unsafe_code, reason = "calls into functions compiled for more than the baseline")]
     pub(crate) fn run<K: Kernel>(self, kernel: K) {
         match self.0 {
             // SAFETY: `available` makes these levels only where avx512f, avx2, fma and f16c were detected.
             #[cfg(target_arch = "x86_64")]
-            Level::Amx | Level::Avx512 => unsafe { run_avx512(kernel) },
+            Level::Amx | Level::Avx512Vnni | Level::Avx512 => unsafe { run_avx512(kernel) },
             // SAFETY: `available` makes this level only where avx2, fma and f16c were detected.
             #[cfg(target_arch = "x86_64")]
             Level::Avx2 => unsafe { run_avx2(kernel) },
