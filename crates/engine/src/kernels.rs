@@ -26,6 +26,7 @@ use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::precision::{UnknownName, find};
+use elementwise::Gates;
 
 pub(crate) use activations::{Activations, Rows, SharedRows};
 pub(crate) use elementwise::{

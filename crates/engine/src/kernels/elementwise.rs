@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Cpu, Epilogue, Kernel, LANES, Rows, SharedRows, Vector};
+use super::{Cpu, Epilogue, Kernel, LANES, Lanes, Rows, SharedRows, Vector};
 use crate::config::Activation;
 
 /// Rows of one piece of work.
@@ -259,6 +259,32 @@ pub(super) fn activate(activation: Activation, numbers: &mut [f32]) {
         Activation::Gelu => map(numbers, gelu),
         Activation::QuickGelu => map(numbers, quick_gelu),
         Activation::Relu => map(numbers, |x| x.max(0.0)),
+    }
+}
+
+/// What is written of gates and ups.
+#[derive(Clone, Copy)]
+pub(super) struct Gates<'a> {
+    /// What becomes of a gate.
+    pub(super) activation: Activation,
+    /// Added to gates, and behind them to ups.
+    pub(super) bias: Option<&'a [f32]>,
+}
+
+impl Gates<'_> {
+    /// `activation(gate) * up` of the outputs from `column` on.
+    #[inline(always)]
+    pub(super) fn apply<V: Vector>(self, column: usize, mut gate: Lanes, mut up: Lanes) -> Lanes {
+        if let Some(bias) = self.bias {
+            let (gates, ups) = bias.split_at(bias.len() / 2);
+            for (lanes, bias) in [(&mut gate, gates), (&mut up, ups)] {
+                lanes.0.iter_mut().zip(&bias[column..]).for_each(|(lane, bias)| *lane += bias);
+            }
+        }
+        activate(self.activation, &mut gate.0);
+        let mut gated = Lanes::ZERO;
+        V::load(&gate).mul(V::load(&up)).store(&mut gated);
+        gated
     }
 }
 

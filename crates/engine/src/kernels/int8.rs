@@ -11,6 +11,8 @@ mod vnni;
 use std::ops::Range;
 use std::sync::Mutex;
 
+#[cfg(target_arch = "x86_64")]
+use super::Gates;
 use super::lanes::{LINE_BYTES, Line};
 use super::memory::Zeroed;
 use super::{
@@ -359,7 +361,8 @@ pub(super) fn matmul(
     #[cfg(target_arch = "x86_64")]
     if cpu.simd.multiplies_bytes() {
         let rows = &mut *lock(&quantised.byte_rows);
-        vnni::matmul((cpu, rows), (x, num_rows), (w, in_features), (out, finish));
+        let shape = (in_features, out.width());
+        vnni::matmul((cpu, rows), (x, num_rows), (w, shape), vnni::Output::Rows(out, finish));
         return;
     }
     let mut quantised = lock(&quantised.rows);
@@ -376,6 +379,20 @@ pub(super) fn matmul(
         let panels = first_panel..(first_panel + PIECE_PANELS).min(num_panels);
         cpu.simd.run(Int8Product { x, rows, w, panels, out, finish });
     });
+}
+
+/// `out = gates(x * w)`, where `w` is gates and behind them ups, both whole pairs of panels:
+/// `(num_rows, in_features) -> (num_rows, out_features / 2)`. Only where `cpu` multiplies bytes.
+#[cfg(target_arch = "x86_64")]
+pub(super) fn matmul_gated(
+    cpu: &Cpu,
+    (x, num_rows): (Rows<'_>, usize),
+    (w, in_features): (&Int8Panels, usize),
+    (out, gates): (SharedRows<'_>, Gates<'_>),
+) {
+    let rows = &mut *lock(&cpu.quantised.byte_rows);
+    let shape = (in_features, 2 * out.width());
+    vnni::matmul((cpu, rows), (x, num_rows), (w, shape), vnni::Output::Gated(out, gates));
 }
 
 /// `out[rows, 16 * panels] = x[rows, k] * w[panels]`.

@@ -5,10 +5,14 @@
 use std::ops::Range;
 
 use super::elementwise::{ELEMENT_WORK, PIECE_ROWS, activate};
-#[cfg(target_arch = "x86_64")]
-use super::tiles::{self, Gated, Left, Numbers, Tiles, Weights};
 use super::{
     Activations, Cpu, Epilogue, Kernel, Linear, PAIR_OUTPUTS, Rows, SharedRows, Vector, matmul,
+};
+#[cfg(target_arch = "x86_64")]
+use super::{
+    Gates,
+    int8::{self, Int8Panels},
+    tiles::{self, Gated, Left, Numbers, Tiles, Weights},
 };
 use crate::config::Activation;
 
@@ -58,11 +62,19 @@ impl Mlp {
                 inner.activated.ensure_rows(num_rows);
                 Gated::Rows(inner.activated.shared())
             };
-            let out = (to, self.activation, self.gate_up.bias.as_deref());
-            tiles::matmul_gated((cpu, tiles), (x, num_rows), (weights, shape), out);
+            let gated = (to, self.gates());
+            tiles::matmul_gated((cpu, tiles), (x, num_rows), (weights, shape), gated);
             return;
         }
         let Inner { gate_up, activated, .. } = inner;
+        #[cfg(target_arch = "x86_64")]
+        if let Some(panels) = self.gates_in_bytes(cpu) {
+            activated.ensure_rows(num_rows);
+            let weights = (panels, self.gate_up.weight.in_features);
+            let gated = (activated.shared(), self.gates());
+            int8::matmul_gated(cpu, (x, num_rows), weights, gated);
+            return;
+        }
         gate_up.ensure_rows(num_rows);
         activated.ensure_rows(num_rows);
         matmul(cpu, (x, num_rows), &self.gate_up, (gate_up.shared(), Epilogue::Store));
@@ -93,12 +105,30 @@ impl Mlp {
         matmul(cpu, (inner.activated.rows(), num_rows), &self.down, (out, epilogue));
     }
 
+    /// What becomes of the first layers' sums, where both are multiplied together.
+    #[cfg(target_arch = "x86_64")]
+    fn gates(&self) -> Gates<'_> {
+        Gates { activation: self.activation, bias: self.gate_up.bias.as_deref() }
+    }
+
+    /// Whether gates and ups fill pairs of panels.
+    #[cfg(target_arch = "x86_64")]
+    fn is_aligned(&self) -> bool {
+        self.gate_up.weight.out_features.is_multiple_of(2 * PAIR_OUTPUTS)
+    }
+
     /// The first weights, if they are multiplied on a matrix unit and gates and ups fill pairs of panels.
     #[cfg(target_arch = "x86_64")]
     fn gates_on_tiles<'a>(&'a self, cpu: &'a Cpu) -> Option<(&'a Tiles, Weights<'a>)> {
-        let is_aligned = self.gate_up.weight.out_features.is_multiple_of(2 * PAIR_OUTPUTS);
-        let weights = self.gate_up.weight.on_tiles().filter(|_| is_aligned)?;
+        let weights = self.gate_up.weight.on_tiles().filter(|_| self.is_aligned())?;
         cpu.tiles.as_ref().map(|tiles| (tiles, weights))
+    }
+
+    /// The first weights, if they are multiplied as bytes and gates and ups fill pairs of panels.
+    #[cfg(target_arch = "x86_64")]
+    fn gates_in_bytes(&self, cpu: &Cpu) -> Option<&Int8Panels> {
+        let multiplies_bytes = cpu.simd.multiplies_bytes() && self.is_aligned();
+        self.gate_up.weight.in_int8().filter(|_| multiplies_bytes)
     }
 
     /// Whether what lies between the layers is in tiles. Whole numbers need the largest of a row first.

@@ -85,6 +85,15 @@ impl PackedMatrix {
         }
     }
 
+    /// The weights, if all of them are whole numbers.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn in_int8(&self) -> Option<&Int8Panels> {
+        match &*self.parts {
+            [PackedRows { panels: Panels::Int8(panels), .. }] => Some(panels),
+            _ => None,
+        }
+    }
+
     /// Whether all weights are `f32`.
     pub(crate) fn is_f32(&self) -> bool {
         self.parts.iter().all(|part| matches!(part.panels, Panels::F32(_)))

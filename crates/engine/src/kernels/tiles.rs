@@ -15,14 +15,12 @@ use std::ops::Range;
 use std::sync::{Mutex, OnceLock};
 
 use super::blocks::{BlockPanels, InputPair};
-use super::elementwise::activate;
 use super::int8::Int8Panels;
 use super::lanes::Line;
 use super::{
-    Cpu, Finish, Kernel, LANES, Lanes, PAIR_LINES, PAIR_OUTPUTS, Rows, SharedRows, Vector, lock,
-    run_amx,
+    Cpu, Finish, Gates, Kernel, LANES, Lanes, PAIR_LINES, PAIR_OUTPUTS, Rows, SharedRows, Vector,
+    lock, run_amx,
 };
-use crate::config::Activation;
 pub(super) use left::Left;
 use left::{SharedTiles, cut};
 pub(super) use unit::Numbers;
@@ -150,7 +148,7 @@ pub(super) enum Output<'a> {
     /// They are finished, and written to rows.
     Rows(SharedRows<'a>, Finish<'a>),
     /// The first half of the outputs are gates, the second half what they let through.
-    Gated { to: Gated<'a>, activation: Activation, bias: Option<&'a [f32]> },
+    Gated(Gated<'a>, Gates<'a>),
 }
 
 /// Where the products of gates and of what they let through go.
@@ -192,13 +190,13 @@ pub(super) fn matmul_gated(
     (cpu, tiles): (&Cpu, &Tiles),
     (x, num_rows): (Rows<'_>, usize),
     (weights, (in_features, out_features)): (Weights<'_>, (usize, usize)),
-    (to, activation, bias): (Gated<'_>, Activation, Option<&[f32]>),
+    (to, gates): (Gated<'_>, Gates<'_>),
 ) {
     assert!(out_features.is_multiple_of(2 * PAIR_OUTPUTS), "gates and ups in pairs of panels");
     let mut left = lock(&tiles.left);
     left.fill(cpu, (x, num_rows), (weights, in_features));
     let shape = (in_features, out_features);
-    let out = Output::Gated { to, activation, bias };
+    let out = Output::Gated(to, gates);
     multiply((cpu, tiles), (&left, num_rows), (weights, shape), out);
 }
 
@@ -209,7 +207,7 @@ fn multiply(
     out: Output<'_>,
 ) {
     // What is written together is computed together.
-    let num_stripes = if matches!(out, Output::Gated { .. }) { 2 } else { 1 };
+    let num_stripes = if matches!(out, Output::Gated(..)) { 2 } else { 1 };
     let num_pairs = out_features.div_ceil(PAIR_OUTPUTS) / num_stripes;
     // Pieces with the same weights stand side by side: the weights are still in a cache.
     let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
@@ -384,7 +382,7 @@ impl<'a> Piece<'a> {
                     }
                 }
             }
-            Output::Gated { to, activation, bias } => {
+            Output::Gated(to, through) => {
                 let (gates, ups) = sums.split_at(SUMS);
                 let scales = [0, self.stripes.1].map(|distance| {
                     [0, 1].map(|half| self.scale::<V>(2 * (pair + distance) + half))
@@ -396,13 +394,7 @@ impl<'a> Piece<'a> {
                         let at = (row, index);
                         self.sum::<V>(gates, at, half, scales[0][half]).store(&mut gate);
                         self.sum::<V>(ups, at, half, scales[1][half]).store(&mut up);
-                        if let Some(bias) = bias {
-                            let column = first_column + half * LANES;
-                            add(&mut gate, &bias[column..]);
-                            add(&mut up, &bias[bias.len() / 2 + column..]);
-                        }
-                        activate(activation, &mut gate.0);
-                        V::load(&gate).mul(V::load(&up)).store(&mut gated[half]);
+                        gated[half] = through.apply::<V>(first_column + half * LANES, gate, up);
                     }
                     match to {
                         Gated::Rows(out) => {
@@ -463,13 +455,6 @@ fn ahead(right: &[Line], next: *const Line, (unit, num_units): (usize, usize)) -
     let lines_per_tile = PAIR_LINES.div_ceil(num_units).next_power_of_two().max(4);
     let share = right.len() / PAIR_LINES * lines_per_tile;
     Ahead { from: next.wrapping_add(unit * share), lines_per_tile }
-}
-
-#[inline(always)]
-fn add(lanes: &mut Lanes, numbers: &[f32]) {
-    for (lane, number) in lanes.0.iter_mut().zip(numbers) {
-        *lane += number;
-    }
 }
 
 fn ensure<T: Copy>(memory: &mut Vec<T>, len: usize, value: T) {

@@ -7,22 +7,28 @@
 //! sums begin with what takes that off again.
 
 use std::arch::x86_64::{
-    __m512i, _mm512_add_epi32, _mm512_dpbusd_epi32, _mm512_load_si512, _mm512_set1_epi8,
+    __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_dpbusd_epi32, _mm512_load_si512, _mm512_set1_epi8,
     _mm512_set1_epi32, _mm512_setzero_si512, _mm512_store_si512, _mm512_xor_si512,
 };
 use std::ops::Range;
 
 use super::super::lanes::{Avx512, Line};
 use super::super::{
-    Cpu, Finish, Kernel, LANES, Lanes, PAIR_LINES, PAIR_OUTPUTS, Rows, SharedRows, Vector,
+    Cpu, Finish, Gates, Kernel, LANES, Lanes, PAIR_LINES, PAIR_OUTPUTS, Rows, SharedRows, Vector,
 };
 use super::{GROUP, Int8Columns, Int8Panels, quantise, row_scale};
 
-/// Rows of one piece of work: whole blocks of the most rows that are multiplied at a time.
-const PIECE_ROWS: usize = 96;
+/// Most rows that are multiplied at a time: as many as there are registers for the sums of two panels.
+const BLOCK_ROWS: usize = 12;
 
-/// Pairs of panels of one piece of work.
-const PIECE_PAIRS: usize = 2;
+/// Rows of one piece of work.
+const PIECE_ROWS: usize = 8 * BLOCK_ROWS;
+
+/// Most pairs of panels of one piece of work.
+const PIECE_PAIRS: usize = 4;
+
+/// Pieces of work for each thread, where there is enough of it: small pieces end at the same time.
+const PIECES_PER_THREAD: usize = 8;
 
 /// Rows of activations, each in two bytes a number.
 #[derive(Debug, Default)]
@@ -125,145 +131,271 @@ impl Kernel for SplitRow<'_> {
     }
 }
 
+/// Where sums go.
+#[derive(Clone, Copy)]
+pub(in crate::kernels) enum Output<'a> {
+    /// Into rows of all outputs.
+    Rows(SharedRows<'a>, Finish<'a>),
+    /// Into rows of half as many, of gates and ups.
+    Gated(SharedRows<'a>, Gates<'a>),
+}
+
 /// `out = x * w`: `(num_rows, in_features) -> (num_rows, out_features)`. Only where `cpu` has the instructions.
 pub(super) fn matmul(
     (cpu, rows): (&Cpu, &mut ByteRows),
     (x, num_rows): (Rows<'_>, usize),
-    (w, in_features): (&Int8Panels, usize),
-    (out, finish): (SharedRows<'_>, Finish<'_>),
+    (w, (in_features, out_features)): (&Int8Panels, (usize, usize)),
+    out: Output<'_>,
 ) {
     let x = rows.fill(cpu, (x, num_rows), (w, in_features));
-    let num_pairs = out.width().div_ceil(PAIR_OUTPUTS);
+    // What is written together is computed together.
+    let num_stripes = if matches!(out, Output::Gated(..)) { 2 } else { 1 };
+    let num_pairs = out_features.div_ceil(PAIR_OUTPUTS) / num_stripes;
+    // Pieces with the same weights stand side by side: the weights are still in a cache.
     let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
-    let num_pair_pieces = num_pairs.div_ceil(PIECE_PAIRS);
-    let work = num_rows * in_features * out.width();
-    cpu.threads.share(num_row_pieces * num_pair_pieces, work, |piece| {
+    let num_pair_pieces = PIECES_PER_THREAD * cpu.threads.num_threads();
+    let piece_pairs = num_pairs.div_ceil(num_pair_pieces).clamp(1, PIECE_PAIRS);
+    let num_pieces = num_row_pieces * num_pairs.div_ceil(piece_pairs);
+    cpu.threads.share(num_pieces, num_rows * in_features * out_features, |piece| {
         let first_row = piece % num_row_pieces * PIECE_ROWS;
-        let first_pair = piece / num_row_pieces * PIECE_PAIRS;
-        let rows = first_row..(first_row + PIECE_ROWS).min(num_rows);
-        let pairs = first_pair..(first_pair + PIECE_PAIRS).min(num_pairs);
+        let first_pair = piece / num_row_pieces * piece_pairs;
+        let end = (first_row + PIECE_ROWS).min(num_rows);
+        let piece = Piece {
+            x,
+            rows: first_row..end,
+            w,
+            pairs: first_pair..(first_pair + piece_pairs).min(num_pairs),
+            stripes: (num_stripes, num_pairs),
+            is_last_of_pairs: end == num_rows,
+            out,
+        };
         #[expect(unsafe_code, reason = "calls into a function compiled for more than the baseline")]
-        // SAFETY: the caller has seen that the machine has these instructions, and no other piece has these rows and columns.
+        // SAFETY: the caller has seen that the machine has these instructions, and no other piece has these rows and
+        // columns.
         unsafe {
-            multiply(x, rows, (w, pairs), (out, finish));
+            piece.multiply();
         }
     });
 }
 
-/// # Safety
-/// The machine must have these instructions; nobody else may touch those rows and columns of `out`.
-#[expect(unsafe_code, reason = "vector instructions")]
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn multiply(
-    x: &[ByteRow],
+/// The sums of some rows with some panels: whole numbers at first, as bits, and then what they stand for.
+type Sums = [[Lanes; 2 * PIECE_PAIRS]; BLOCK_ROWS];
+
+/// Some rows times some pairs of panels.
+struct Piece<'a> {
+    x: &'a [ByteRow],
     rows: Range<usize>,
-    (w, pairs): (&Int8Panels, Range<usize>),
-    to: (SharedRows<'_>, Finish<'_>),
-) {
-    for pair in pairs {
-        let mut row = rows.start;
-        while row < rows.end {
-            // SAFETY: the caller answers for it.
-            row += unsafe {
-                match rows.end - row {
-                    12.. => multiply_rows::<12>(x, row, (w, pair), to),
-                    8.. => multiply_rows::<8>(x, row, (w, pair), to),
-                    4.. => multiply_rows::<4>(x, row, (w, pair), to),
-                    2.. => multiply_rows::<2>(x, row, (w, pair), to),
-                    _ => multiply_rows::<1>(x, row, (w, pair), to),
-                }
+    w: &'a Int8Panels,
+    pairs: Range<usize>,
+    /// How many ranges of pairs there are, and how far each is from the one before.
+    stripes: (usize, usize),
+    /// Whether other pairs of panels come next.
+    is_last_of_pairs: bool,
+    out: Output<'a>,
+}
+
+#[expect(unsafe_code, reason = "vector instructions, and several threads write disjoint columns")]
+impl Piece<'_> {
+    /// A block of rows passes all pairs before the next one does.
+    ///
+    /// # Safety
+    /// The machine must have these instructions; nobody else may touch those rows and columns of the output.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn multiply(&self) {
+        let mut sums = [[[Lanes::ZERO; 2 * PIECE_PAIRS]; BLOCK_ROWS]; 2];
+        let (num_stripes, distance) = self.stripes;
+        let mut row = self.rows.start;
+        while row < self.rows.end {
+            let num_rows = match self.rows.end - row {
+                BLOCK_ROWS.. => BLOCK_ROWS,
+                left => 1 << left.ilog2(),
             };
+            let x = &self.x[row..row + num_rows];
+            for (stripe, sums) in sums.iter_mut().enumerate().take(num_stripes) {
+                let pairs =
+                    self.pairs.start + stripe * distance..self.pairs.end + stripe * distance;
+                let lines = self.pair_lines(&pairs);
+                let ahead = self.ahead(&pairs, row - self.rows.start);
+                // SAFETY: the caller answers for it.
+                unsafe {
+                    match num_rows {
+                        1 => multiply_lower::<1>(x, lines, ahead, sums),
+                        2 => multiply_lower::<2>(x, lines, ahead, sums),
+                        4 => multiply_lower::<4>(x, lines, ahead, sums),
+                        8 => multiply_lower::<8>(x, lines, ahead, sums),
+                        _ => multiply_lower::<BLOCK_ROWS>(x, lines, ahead, sums),
+                    }
+                    for (x, sums) in x.iter().zip(sums) {
+                        match pairs.len() {
+                            4 => add_upper::<8>(x, lines, sums),
+                            3 => add_upper::<6>(x, lines, sums),
+                            2 => add_upper::<4>(x, lines, sums),
+                            _ => add_upper::<2>(x, lines, sums),
+                        }
+                        for (index, sums) in sums.iter_mut().enumerate().take(2 * pairs.len()) {
+                            let scales = Avx512::load(&self.w.scales(2 * pairs.start + index));
+                            let scaled = Avx512::load(sums).mul(Avx512::splat(x.scale)).mul(scales);
+                            scaled.store(sums);
+                        }
+                    }
+                }
+            }
+            for index in 0..num_rows {
+                // SAFETY: the caller answers for it.
+                unsafe { self.finish(row + index, [&sums[0][index], &sums[1][index]]) };
+            }
+            row += num_rows;
+        }
+    }
+
+    /// The weights of pairs of panels.
+    fn pair_lines(&self, pairs: &Range<usize>) -> Pairs<'_> {
+        let distance = self.w.pair_lines();
+        let lines = &self.w.lines[pairs.start * distance..pairs.end * distance];
+        Pairs { lines, distance, k_tiles: self.w.k_tiles, len: pairs.len() }
+    }
+
+    /// What is asked for while a block passes: its share of the weights behind these, if they are what comes next.
+    fn ahead(&self, pairs: &Range<usize>, first_row: usize) -> Ahead {
+        let num_blocks = self.rows.len().div_ceil(BLOCK_ROWS);
+        // A block alone reads from end to end, which the processor sees.
+        if num_blocks == 1 || !self.is_last_of_pairs {
+            return Ahead { from: std::ptr::null(), lines_per_tile: 0 };
+        }
+        let lines_per_tile = PAIR_LINES.div_ceil(num_blocks);
+        let share = pairs.len() * self.w.k_tiles * lines_per_tile;
+        let next = self.w.lines.as_ptr().wrapping_add(pairs.end * self.w.pair_lines());
+        Ahead { from: next.wrapping_add(first_row / BLOCK_ROWS * share), lines_per_tile }
+    }
+
+    /// Writes what has been summed up of a row.
+    ///
+    /// # Safety
+    /// Nobody else may touch the columns of these pairs.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+    unsafe fn finish(&self, row: usize, [sums, ups]: [&[Lanes; 2 * PIECE_PAIRS]; 2]) {
+        for index in 0..2 * self.pairs.len() {
+            let column = self.pairs.start * PAIR_OUTPUTS + index * LANES;
+            match self.out {
+                // SAFETY: the caller answers for it.
+                Output::Rows(out, finish) if column < out.width() => unsafe {
+                    finish.write(out, row, column, &sums[index]);
+                },
+                // Panels are filled up to pairs.
+                Output::Rows(..) => {}
+                Output::Gated(out, gates) => {
+                    let gated = gates.apply::<Avx512>(column, sums[index], ups[index]);
+                    // SAFETY: the caller answers for it.
+                    unsafe { Finish::Store.write(out, row, column, &gated) };
+                }
+            }
         }
     }
 }
 
-/// Multiplies `R` rows with a pair of panels, and says how many rows that were.
+/// The weights of some pairs of panels.
+#[derive(Clone, Copy)]
+struct Pairs<'a> {
+    lines: &'a [Line],
+    /// Lines from a pair to the next.
+    distance: usize,
+    k_tiles: usize,
+    len: usize,
+}
+
+/// Memory that is asked for.
+#[derive(Clone, Copy)]
+struct Ahead {
+    from: *const Line,
+    /// Lines for each tile of a pair that is multiplied.
+    lines_per_tile: usize,
+}
+
+/// The sums of the lower bytes of `R` rows.
 ///
 /// # Safety
-/// As [`multiply`].
+/// The machine must have these instructions.
 #[expect(unsafe_code, reason = "vector instructions, on memory whose length is checked once")]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn multiply_rows<const R: usize>(
+unsafe fn multiply_lower<const R: usize>(
     x: &[ByteRow],
-    row: usize,
-    (w, pair): (&Int8Panels, usize),
-    (out, finish): (SharedRows<'_>, Finish<'_>),
-) -> usize {
-    let x: &[ByteRow; R] = x[row..].first_chunk().expect("rows of the left-hand side");
-    let lines = &w.lines[pair * w.pair_lines()..][..w.k_tiles * PAIR_LINES];
+    pairs: Pairs<'_>,
+    mut ahead: Ahead,
+    sums: &mut Sums,
+) {
+    assert!(pairs.lines.len() >= pairs.len * pairs.distance && pairs.len <= PIECE_PAIRS);
     let mut bytes = [std::ptr::null(); R];
-    let mut lower = [[_mm512_setzero_si512(); 2]; R];
+    let mut first = [_mm512_setzero_si512(); R];
     for r in 0..R {
-        assert!(x[r].lower.len() * PAIR_LINES == lines.len(), "inputs of a row");
+        assert_eq!(x[r].lower.len(), pairs.k_tiles, "inputs of a row");
         bytes[r] = x[r].lower.as_ptr().cast::<i32>();
-        lower[r] = [_mm512_set1_epi32(x[r].lower_sum.wrapping_mul(-128)); 2];
+        first[r] = _mm512_set1_epi32(x[r].lower_sum.wrapping_mul(-128));
     }
-    // Weights in the order of memory, which is read twice as fast so.
-    for tile in 0..w.k_tiles {
-        for p in 0..2 {
-            for group in 0..LANES {
-                // SAFETY: a tile has 16 lines of either panel, and a row a line for each tile (asserted).
-                unsafe {
-                    let line = lines.as_ptr().add(tile * PAIR_LINES + p * LANES + group);
-                    let weights = without_sign(line);
-                    for r in 0..R {
-                        let inputs = _mm512_set1_epi32(*bytes[r].add(tile * LANES + group));
-                        lower[r][p] = _mm512_dpbusd_epi32(lower[r][p], weights, inputs);
+    for pair in 0..pairs.len {
+        let mut lower = [first, first];
+        for tile in 0..pairs.k_tiles {
+            for _ in 0..ahead.lines_per_tile {
+                _mm_prefetch::<_MM_HINT_T1>(ahead.from.cast());
+                ahead.from = ahead.from.wrapping_add(1);
+            }
+            // Weights in the order of memory, which is read twice as fast so.
+            for p in 0..2 {
+                for group in 0..LANES {
+                    // SAFETY: there are so many pairs and tiles, of 16 lines of either panel, and a row has a line for
+                    // each tile (asserted).
+                    unsafe {
+                        let line = pair * pairs.distance + tile * PAIR_LINES + p * LANES + group;
+                        let weights = without_sign(pairs.lines.as_ptr().add(line));
+                        for r in 0..R {
+                            let inputs = _mm512_set1_epi32(*bytes[r].add(tile * LANES + group));
+                            lower[p][r] = _mm512_dpbusd_epi32(lower[p][r], weights, inputs);
+                        }
                     }
                 }
             }
         }
-    }
-    for r in 0..R {
-        // SAFETY: groups are those of a row as long as the matrix is wide; the caller answers for the output.
-        unsafe {
-            let upper = multiply_upper(&x[r], lines);
+        for r in 0..R {
             for p in 0..2 {
-                let column = pair * PAIR_OUTPUTS + p * LANES;
-                if column < out.width() {
-                    let sum = join(upper[p], lower[r][p]);
-                    let scales = Avx512::load(&w.scales(2 * pair + p));
-                    let mut sums = Lanes::ZERO;
-                    sum.mul(Avx512::splat(x[r].scale)).mul(scales).store(&mut sums);
-                    finish.write(out, row + r, column, &sums);
-                }
+                let to: *mut Lanes = &raw mut sums[r][2 * pair + p];
+                // SAFETY: 16 numbers of 32 bits, aligned to 64 bytes.
+                unsafe { _mm512_store_si512(to.cast(), lower[p][r]) };
             }
         }
     }
-    R
 }
 
-/// The sums of a row's upper bytes with a pair of panels.
+/// Adds a row's upper bytes with `P` panels to the sums of the lower ones, and makes numbers of them.
 ///
 /// # Safety
-/// As [`multiply`].
-#[expect(unsafe_code, reason = "vector instructions")]
+/// The machine must have these instructions, the row have been multiplied with these pairs already.
+#[expect(unsafe_code, reason = "vector instructions, on memory whose length has been checked")]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn multiply_upper(x: &ByteRow, lines: &[Line]) -> [__m512i; 2] {
-    // Of two groups at a time: a sum waits for the one before it.
-    let mut sums = [[_mm512_setzero_si512(); 2]; 2];
-    sums[0] = [_mm512_set1_epi32(x.upper_sum.wrapping_mul(-128)); 2];
-    let (twos, one) = x.upper.as_chunks::<2>();
-    let add = |sums: &mut [__m512i; 2], group: &UpperGroup| {
-        let lines: &[Line] = &lines[group.line as usize..][..=LANES];
-        // SAFETY: both lines are there.
-        unsafe {
-            let inputs = _mm512_set1_epi32(std::mem::transmute::<[i8; GROUP], i32>(group.bytes));
-            sums[0] = _mm512_dpbusd_epi32(sums[0], without_sign(&raw const lines[0]), inputs);
-            sums[1] = _mm512_dpbusd_epi32(sums[1], without_sign(&raw const lines[LANES]), inputs);
+unsafe fn add_upper<const P: usize>(
+    x: &ByteRow,
+    pairs: Pairs<'_>,
+    sums: &mut [Lanes; 2 * PIECE_PAIRS],
+) {
+    let mut upper = [_mm512_set1_epi32(x.upper_sum.wrapping_mul(-128)); P];
+    for group in &x.upper {
+        let inputs = _mm512_set1_epi32(i32::from_le_bytes(group.bytes.map(i8::cast_unsigned)));
+        for p in 0..P {
+            // SAFETY: the groups are those of a row that has a line for each tile of a pair.
+            unsafe {
+                let line = p / 2 * pairs.distance + group.line as usize + p % 2 * LANES;
+                let weights = without_sign(pairs.lines.as_ptr().add(line));
+                upper[p] = _mm512_dpbusd_epi32(upper[p], weights, inputs);
+            }
         }
-    };
-    for [first, second] in twos {
-        add(&mut sums[0], first);
-        add(&mut sums[1], second);
     }
-    for group in one {
-        add(&mut sums[0], group);
+    for p in 0..P {
+        let mut bits = Lanes::ZERO;
+        // SAFETY: 16 numbers of 32 bits, aligned to 64 bytes.
+        unsafe { _mm512_store_si512((&raw mut bits).cast(), upper[p]) };
+        Avx512::join(&bits, &sums[p]).store(&mut sums[p]);
     }
-    let [first, second] = sums;
-    [_mm512_add_epi32(first[0], second[0]), _mm512_add_epi32(first[1], second[1])]
 }
 
 /// 64 weights, and 128 more each.
@@ -276,17 +408,4 @@ unsafe fn multiply_upper(x: &ByteRow, lines: &[Line]) -> [__m512i; 2] {
 unsafe fn without_sign(line: *const Line) -> __m512i {
     // SAFETY: the caller answers for the line, which is aligned.
     unsafe { _mm512_xor_si512(_mm512_load_si512(line.cast()), _mm512_set1_epi8(-128)) }
-}
-
-/// `256 * upper + lower`, as [`Vector::join`] has it.
-#[expect(unsafe_code, reason = "vector instructions")]
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn join(upper: __m512i, lower: __m512i) -> Avx512 {
-    let mut bits = [Lanes::ZERO; 2];
-    for (sums, bits) in [upper, lower].into_iter().zip(&mut bits) {
-        // SAFETY: 16 numbers of 32 bits, aligned to 64 bytes.
-        unsafe { _mm512_store_si512(bits.0.as_mut_ptr().cast(), sums) };
-    }
-    Avx512::join(&bits[0], &bits[1])
 }
