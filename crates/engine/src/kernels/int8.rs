@@ -244,12 +244,14 @@ pub(super) fn row_scale(row: &[f32], columns: &Int8Columns) -> (f32, f32) {
     let (chunks, rest) = row.as_chunks::<LANES>();
     for (index, chunk) in chunks.iter().enumerate() {
         let columns = columns.chunk::<LANES>(index * LANES);
+        let sizes: [f32; LANES] = std::array::from_fn(|lane| (chunk[lane] * columns[lane]).abs());
         for lane in 0..LANES {
-            let size = (chunk[lane] * columns[lane]).abs();
             // As whole numbers, so that what is no number is the largest.
-            largest[lane] = largest[lane].max(size.to_bits());
+            largest[lane] = largest[lane].max(sizes[lane].to_bits());
+        }
+        for lane in 0..LANES {
             // The sum of very large numbers would be none.
-            means[lane] += size * share;
+            means[lane] += sizes[lane] * share;
         }
     }
     let columns = &columns.0[chunks.len() * LANES..];

@@ -7,8 +7,11 @@
 //! sums begin with what takes that off again.
 
 use std::arch::x86_64::{
-    __m512i, _MM_HINT_T1, _mm_prefetch, _mm512_dpbusd_epi32, _mm512_load_si512, _mm512_set1_epi8,
-    _mm512_set1_epi32, _mm512_setzero_si512, _mm512_store_si512, _mm512_xor_si512,
+    __m512i, _MM_HINT_T1, _mm_prefetch, _mm_storeu_si128, _mm512_add_epi32, _mm512_cvtepi32_epi8,
+    _mm512_cvtps_epi32, _mm512_dpbusd_epi32, _mm512_load_si512, _mm512_loadu_ps,
+    _mm512_maskz_loadu_ps, _mm512_mul_ps, _mm512_reduce_add_epi32, _mm512_set1_epi8,
+    _mm512_set1_epi32, _mm512_set1_ps, _mm512_setzero_si512, _mm512_srai_epi32, _mm512_store_si512,
+    _mm512_test_epi32_mask, _mm512_xor_si512,
 };
 use std::ops::Range;
 
@@ -16,7 +19,7 @@ use super::super::lanes::{Avx512, Line};
 use super::super::{
     Cpu, Finish, Gates, Kernel, LANES, Lanes, PAIR_LINES, PAIR_OUTPUTS, Rows, SharedRows, Vector,
 };
-use super::{GROUP, Int8Columns, Int8Panels, quantise, row_scale};
+use super::{GROUP, Int8Columns, Int8Panels, TILE_INPUTS, row_scale};
 
 /// Most rows that are multiplied at a time: as many as there are registers for the sums of two panels.
 const BLOCK_ROWS: usize = 12;
@@ -52,7 +55,7 @@ struct ByteRow {
 struct UpperGroup {
     /// The line of the first panel's weights in a pair of panels.
     line: u32,
-    bytes: [i8; GROUP],
+    bytes: [u8; GROUP],
 }
 
 impl ByteRows {
@@ -68,9 +71,8 @@ impl ByteRows {
         }
         let rows = &mut self.0[..num_rows];
         cpu.threads.share_chunks(rows, 1, |index, (): &mut (), row| {
-            row[0].lower.resize(w.k_tiles, Line::ZERO);
             let numbers = x.slice(index, 0, in_features);
-            cpu.simd.run(SplitRow { numbers, columns: &w.columns, row: &mut row[0] });
+            cpu.simd.run(SplitRow { numbers, w, row: &mut row[0] });
         });
         rows
     }
@@ -79,56 +81,74 @@ impl ByteRows {
 /// Makes whole numbers of a row, and cuts them into bytes.
 struct SplitRow<'a> {
     numbers: &'a [f32],
-    columns: &'a Int8Columns,
+    w: &'a Int8Panels,
     row: &'a mut ByteRow,
 }
 
 impl Kernel for SplitRow<'_> {
     #[inline(always)]
+    #[expect(unsafe_code, reason = "calls into a function compiled for more than the baseline")]
     fn run<V: Vector>(self) {
-        let Self { numbers, columns, row } = self;
-        let (by, scale) = row_scale(numbers, columns);
+        let Self { numbers, w, row } = self;
+        let (by, scale) = row_scale(numbers, &w.columns);
         row.scale = scale;
         row.upper.clear();
-        let mut lower_sums = [0; LANES];
-        let mut upper_sum = 0;
-        let (chunks, rest) = numbers.as_chunks::<LANES>();
-        let mut last = [0.0; LANES];
-        last[..rest.len()].copy_from_slice(rest);
-        let out = row.lower.iter_mut().flat_map(|line| line.0.as_chunks_mut::<LANES>().0);
-        for (index, out) in out.enumerate() {
-            let chunk = match chunks.get(index) {
-                Some(chunk) => chunk,
-                None if index == chunks.len() => &last,
-                None => &[0.0; LANES],
-            };
-            let quantised = quantise(chunk, columns.chunk(index * LANES), by);
-            let mut upper = [0; LANES];
-            let mut any = 0;
-            for lane in 0..LANES {
+        row.lower.resize(w.k_tiles, Line::ZERO);
+        // SAFETY: rows come here only where the machine has these instructions.
+        unsafe { split_row(numbers, &w.columns, by, row) }
+    }
+}
+
+/// # Safety
+/// The machine must have these instructions.
+#[expect(unsafe_code, reason = "vector instructions")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn split_row(numbers: &[f32], columns: &Int8Columns, by: f32, row: &mut ByteRow) {
+    let (ones, by) = (_mm512_set1_epi8(1), _mm512_set1_ps(by));
+    let mut lower_sums = _mm512_setzero_si512();
+    let mut upper_sums = _mm512_setzero_si512();
+    for (tile, line) in row.lower.iter_mut().enumerate() {
+        let first = tile * TILE_INPUTS;
+        let columns: &[f32; TILE_INPUTS] = columns.chunk(first);
+        let mut upper_line = Line::ZERO;
+        let mut is_upper = 0u64;
+        for at in (0..TILE_INPUTS).step_by(LANES) {
+            let rest = &numbers[numbers.len().min(first + at)..];
+            let lanes = !(u32::MAX << rest.len().min(LANES)) as u16;
+            // SAFETY: so many numbers are read, as many columns, and 16 bytes of either line are written.
+            unsafe {
+                let number = _mm512_maskz_loadu_ps(lanes, rest.as_ptr());
+                let number = _mm512_mul_ps(number, _mm512_loadu_ps(columns[at..].as_ptr()));
+                let number = _mm512_cvtps_epi32(_mm512_mul_ps(number, by));
                 // Both from -128 to 127: the lower one to the nearest multiple of 256.
-                let number = quantised[lane];
-                out[lane] = number as u8;
-                lower_sums[lane] += i32::from(number as i8);
-                upper[lane] = (number + 128) >> 8;
-                any |= upper[lane];
-            }
-            if any == 0 {
-                continue;
-            }
-            for (group, bytes) in upper.as_chunks::<GROUP>().0.iter().enumerate() {
-                if *bytes != [0; GROUP] {
-                    let group = index * (LANES / GROUP) + group;
-                    let line = group / LANES * PAIR_LINES + group % LANES;
-                    let bytes = bytes.map(|byte| byte as i8);
-                    row.upper.push(UpperGroup { line: line as u32, bytes });
-                    upper_sum += bytes.into_iter().map(i32::from).sum::<i32>();
-                }
+                let upper =
+                    _mm512_srai_epi32::<8>(_mm512_add_epi32(number, _mm512_set1_epi32(128)));
+                let to = line.0[at..].as_mut_ptr();
+                _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(number));
+                let to = upper_line.0[at..].as_mut_ptr();
+                _mm_storeu_si128(to.cast(), _mm512_cvtepi32_epi8(upper));
+                is_upper |= u64::from(_mm512_test_epi32_mask(upper, upper)) << at;
             }
         }
-        row.lower_sum = lower_sums.into_iter().sum();
-        row.upper_sum = upper_sum;
+        // SAFETY: whole lines, which are aligned.
+        unsafe {
+            let [lower, upper] =
+                [&*line, &upper_line].map(|line| _mm512_load_si512((&raw const *line).cast()));
+            lower_sums = _mm512_dpbusd_epi32(lower_sums, ones, lower);
+            upper_sums = _mm512_dpbusd_epi32(upper_sums, ones, upper);
+        }
+        // The first bit of each four says whether there is any.
+        is_upper |= is_upper >> 2;
+        is_upper = (is_upper | is_upper >> 1) & 0x1111_1111_1111_1111;
+        while is_upper != 0 {
+            let group = is_upper.trailing_zeros() as usize / GROUP;
+            let bytes = upper_line.0.as_chunks().0[group];
+            row.upper.push(UpperGroup { line: (tile * PAIR_LINES + group) as u32, bytes });
+            is_upper &= is_upper - 1;
+        }
     }
+    row.lower_sum = _mm512_reduce_add_epi32(lower_sums);
+    row.upper_sum = _mm512_reduce_add_epi32(upper_sums);
 }
 
 /// Where sums go.
@@ -380,7 +400,7 @@ unsafe fn add_upper<const P: usize>(
 ) {
     let mut upper = [_mm512_set1_epi32(x.upper_sum.wrapping_mul(-128)); P];
     for group in &x.upper {
-        let inputs = _mm512_set1_epi32(i32::from_le_bytes(group.bytes.map(i8::cast_unsigned)));
+        let inputs = _mm512_set1_epi32(i32::from_le_bytes(group.bytes));
         for p in 0..P {
             // SAFETY: the groups are those of a row that has a line for each tile of a pair.
             unsafe {
