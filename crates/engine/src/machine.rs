@@ -23,7 +23,7 @@ const PIECE_BYTES: usize = 1 << 22;
 /// Passes over them; the fastest counts.
 const NUM_PASSES: usize = 6;
 /// The product that stays in the cache: rows of activations, inputs, outputs.
-const PRODUCT: [usize; 3] = [256, 1024, 512];
+const PRODUCT: [usize; 3] = [256, 2048, 512];
 /// How long a product is repeated; the fastest counts.
 const PRODUCT_TIME: Duration = Duration::from_millis(250);
 /// What the weights of the product are kept in; the fastest counts.

@@ -27,7 +27,7 @@ pub enum Precision {
     Bf16,
     /// 8 bits, a scale for every 32 weights: 8.5 bits a weight.
     Q8_0,
-    /// 8 bits, a scale for every output and every input; activations are rounded to 16 bits.
+    /// 8 bits, a scale for every output and every input; activations are rounded to 8 bits, large ones to 16.
     Int8,
     /// 6 bits, a scale for every 16 weights: 6.6 bits a weight.
     Q6K,

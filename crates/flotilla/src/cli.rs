@@ -150,7 +150,7 @@ pub(crate) struct ModelOptions {
     #[arg(long, value_enum, default_value_t = InferenceType::Local)]
     pub(crate) inference_type: InferenceType,
     /// How weights are kept in memory: fp32, fp16, bf16, or quantised while loading to q8_0, int8 (the fastest
-    /// with AMX), q6_k or q4_k [default: as the checkpoint stores them].
+    /// with AMX or AVX-512 VNNI), q6_k or q4_k [default: as the checkpoint stores them].
     #[arg(long, value_name = "NAME", value_parser = named(&Precision::ALL, Precision::name))]
     pub(crate) precision: Option<Precision>,
     /// How the KV cache keeps keys and values [default: fp16, fp32 beside weights in fp32].
@@ -171,7 +171,7 @@ pub(crate) struct ModelOptions {
     /// Threads of all workers together [default: the cores].
     #[arg(long, value_name = "N", value_parser = at_least(1))]
     pub(crate) threads: Option<usize>,
-    /// What computes: amx, avx512, avx2 or portable, as far as the machine has it [default: the best].
+    /// What computes: amx, avx512-vnni, avx512, avx2 or portable, as far as the machine has it [default: the best].
     #[arg(long, value_name = "NAME")]
     pub(crate) instruction_set: Option<InstructionSet>,
     /// Compute every prompt from its start, even where another shares its beginning.

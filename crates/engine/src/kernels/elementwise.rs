@@ -278,7 +278,8 @@ impl Gates<'_> {
         if let Some(bias) = self.bias {
             let (gates, ups) = bias.split_at(bias.len() / 2);
             for (lanes, bias) in [(&mut gate, gates), (&mut up, ups)] {
-                lanes.0.iter_mut().zip(&bias[column..]).for_each(|(lane, bias)| *lane += bias);
+                let bias = &bias[column..][..LANES];
+                lanes.0.iter_mut().zip(bias).for_each(|(lane, bias)| *lane += bias);
             }
         }
         activate(self.activation, &mut gate.0);

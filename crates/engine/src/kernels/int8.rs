@@ -1,9 +1,10 @@
-//! Weights of 8 bits with a scale for each output and each input, times activations of 16 bits with a scale for each
-//! row.
+//! Weights of 8 bits with a scale for each output and each input, times activations of up to 16 bits with a scale for
+//! each row.
 //!
 //! Products of whole numbers are added up exactly, so the same bits come out of every instruction set, of vector units
 //! and matrix units alike. An input's scale brings its weights nearer to the size of all others' and is multiplied into
-//! its activations, which have bits to spare: those count to 2^-16 of the largest one of their row.
+//! its activations. A row's scale is such that most activations have room in 8 bits; the large ones have 16, so that they
+//! don't make the others coarse.
 
 #[cfg(target_arch = "x86_64")]
 mod vnni;

@@ -91,12 +91,14 @@ impl<'a> Finish<'a> {
                 }
             }
             Self::StoreBiased(bias) => {
-                for ((out, sum), bias) in out.iter_mut().zip(sums).zip(&bias[column..]) {
+                let bias = &bias[column..][..sums.len()];
+                for ((out, sum), bias) in out.iter_mut().zip(sums).zip(bias) {
                     *out = sum + bias;
                 }
             }
             Self::AddBiased(bias) => {
-                for ((out, sum), bias) in out.iter_mut().zip(sums).zip(&bias[column..]) {
+                let bias = &bias[column..][..sums.len()];
+                for ((out, sum), bias) in out.iter_mut().zip(sums).zip(bias) {
                     *out += sum + bias;
                 }
             }

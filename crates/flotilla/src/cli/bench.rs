@@ -97,7 +97,7 @@ pub(crate) struct EngineBench {
     /// How the KV cache keeps keys and values [default: fp16, fp32 beside weights in fp32].
     #[arg(long, value_name = "NAME", value_parser = named(&KvCacheDtype::ALL, KvCacheDtype::name))]
     pub(crate) kv_cache_dtype: Option<KvCacheDtype>,
-    /// What computes: amx, avx512, avx2 or portable, as far as the machine has it [default: the best].
+    /// What computes: amx, avx512-vnni, avx512, avx2 or portable, as far as the machine has it [default: the best].
     #[arg(long, value_name = "NAME")]
     pub(crate) instruction_set: Option<InstructionSet>,
     /// Threads [default: the cores].

@@ -173,8 +173,8 @@ pub(super) fn matmul(
     let num_pairs = out_features.div_ceil(PAIR_OUTPUTS) / num_stripes;
     // Pieces with the same weights stand side by side: the weights are still in a cache.
     let num_row_pieces = num_rows.div_ceil(PIECE_ROWS);
-    let num_pair_pieces = PIECES_PER_THREAD * cpu.threads.num_threads();
-    let piece_pairs = num_pairs.div_ceil(num_pair_pieces).clamp(1, PIECE_PAIRS);
+    let num_pieces = PIECES_PER_THREAD * cpu.threads.num_threads();
+    let piece_pairs = (num_pairs * num_row_pieces).div_ceil(num_pieces).clamp(1, PIECE_PAIRS);
     let num_pieces = num_row_pieces * num_pairs.div_ceil(piece_pairs);
     cpu.threads.share(num_pieces, num_rows * in_features * out_features, |piece| {
         let first_row = piece % num_row_pieces * PIECE_ROWS;
