@@ -522,14 +522,14 @@ mod tests {
                 (0..100).map(|k| ((k * 37) % 100) as f32 / 50.0 - 1.0).collect();
             row[33] = largest;
             let (by, scale) = row_scale(&row, &columns);
-            let scaled = |k: usize| row[k] * columns.0[k];
-            let mean = (0..100).map(|k| scaled(k).abs()).sum::<f32>() / 100.0;
+            let scaled: Vec<f32> = row.iter().zip(&columns.0).map(|(x, c)| x * c).collect();
+            let mean = scaled.iter().map(|x| x.abs()).sum::<f32>() / 100.0;
             // Beyond 256 times what fits a byte, the largest is what counts.
-            let step = (4.0 * mean / 127.0).max(scaled(33) / MAX);
+            let step = (4.0 * mean / 127.0).max(scaled[33] / MAX);
             assert!((scale / step - 1.0).abs() < 1e-5, "{scale}, {step}");
-            for k in 0..100 {
-                let [number] = quantise(&[row[k]], columns.chunk(k), by);
-                let off = (number as f32 * scale - scaled(k)).abs();
+            for (k, (x, scaled)) in row.iter().zip(scaled).enumerate() {
+                let [number] = quantise(&[*x], columns.chunk(k), by);
+                let off = (number as f32 * scale - scaled).abs();
                 assert!(off <= 0.501 * step, "{largest}: {off} of {step}");
             }
         }

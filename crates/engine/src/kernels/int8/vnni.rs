@@ -260,9 +260,10 @@ impl Piece<'_> {
                     }
                 }
             }
-            for index in 0..num_rows {
+            let [sums, ups] = &sums;
+            for (index, (sums, ups)) in sums.iter().zip(ups).enumerate().take(num_rows) {
                 // SAFETY: the caller answers for it.
-                unsafe { self.finish(row + index, [&sums[0][index], &sums[1][index]]) };
+                unsafe { self.finish(row + index, [sums, ups]) };
             }
             row += num_rows;
         }
@@ -337,6 +338,7 @@ struct Ahead {
 /// # Safety
 /// The machine must have these instructions.
 #[expect(unsafe_code, reason = "vector instructions, on memory whose length is checked once")]
+#[expect(clippy::needless_range_loop, reason = "what is in registers is named by its number")]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn multiply_lower<const R: usize>(
@@ -391,6 +393,7 @@ unsafe fn multiply_lower<const R: usize>(
 /// # Safety
 /// The machine must have these instructions, the row have been multiplied with these pairs already.
 #[expect(unsafe_code, reason = "vector instructions, on memory whose length has been checked")]
+#[expect(clippy::needless_range_loop, reason = "what is in registers is named by its number")]
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn add_upper<const P: usize>(
