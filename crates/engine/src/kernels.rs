@@ -26,9 +26,10 @@ use std::str::FromStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::precision::{UnknownName, find};
-use elementwise::Gates;
 
 pub(crate) use activations::{Activations, Rows, SharedRows};
+#[cfg(target_arch = "x86_64")]
+use elementwise::Gates;
 pub(crate) use elementwise::{
     rms_norm, rms_norm_row, rope_row, softcap, softcap_row, softmax_row, sum_lanes,
 };

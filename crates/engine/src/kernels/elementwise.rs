@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Cpu, Epilogue, Kernel, LANES, Lanes, Rows, SharedRows, Vector};
+use super::{Cpu, Epilogue, Kernel, LANES, Rows, SharedRows, Vector};
 use crate::config::Activation;
 
 /// Rows of one piece of work.
@@ -263,6 +263,7 @@ pub(super) fn activate(activation: Activation, numbers: &mut [f32]) {
 }
 
 /// What is written of gates and ups.
+#[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
 pub(super) struct Gates<'a> {
     /// What becomes of a gate.
@@ -271,10 +272,16 @@ pub(super) struct Gates<'a> {
     pub(super) bias: Option<&'a [f32]>,
 }
 
+#[cfg(target_arch = "x86_64")]
 impl Gates<'_> {
     /// `activation(gate) * up` of the outputs from `column` on.
     #[inline(always)]
-    pub(super) fn apply<V: Vector>(self, column: usize, mut gate: Lanes, mut up: Lanes) -> Lanes {
+    pub(super) fn apply<V: Vector>(
+        self,
+        column: usize,
+        mut gate: super::Lanes,
+        mut up: super::Lanes,
+    ) -> super::Lanes {
         if let Some(bias) = self.bias {
             let (gates, ups) = bias.split_at(bias.len() / 2);
             for (lanes, bias) in [(&mut gate, gates), (&mut up, ups)] {
@@ -283,7 +290,7 @@ impl Gates<'_> {
             }
         }
         activate(self.activation, &mut gate.0);
-        let mut gated = Lanes::ZERO;
+        let mut gated = super::Lanes::ZERO;
         V::load(&gate).mul(V::load(&up)).store(&mut gated);
         gated
     }
