@@ -356,19 +356,19 @@ pub(super) struct Quantised {
 
 /// `out = x * w` on vector units: `(num_rows, in_features) -> (num_rows, out_features)`.
 pub(super) fn matmul(
-    (cpu, quantised): (&Cpu, &Quantised),
+    cpu: &Cpu,
     (x, num_rows): (Rows<'_>, usize),
     (w, in_features): (&Int8Panels, usize),
     (out, finish): (SharedRows<'_>, Finish<'_>),
 ) {
     #[cfg(target_arch = "x86_64")]
     if cpu.simd.multiplies_bytes() {
-        let rows = &mut *lock(&quantised.byte_rows);
+        let rows = &mut *lock(&cpu.quantised.byte_rows);
         let shape = (in_features, out.width());
         vnni::matmul((cpu, rows), (x, num_rows), (w, shape), vnni::Output::Rows(out, finish));
         return;
     }
-    let mut quantised = lock(&quantised.rows);
+    let mut quantised = lock(&cpu.quantised.rows);
     quantised.fill(cpu, (x, num_rows), (w, in_features));
     let x = &*quantised;
     let num_panels = out.width().div_ceil(LANES);

@@ -86,7 +86,7 @@ pub(crate) fn matmul(
         }
         if let Panels::Int8(panels) = &part.panels {
             let weights = (panels, *in_features);
-            int8::matmul((cpu, &cpu.quantised), (x, num_rows), weights, (out, finish));
+            int8::matmul(cpu, (x, num_rows), weights, (out, finish));
             continue;
         }
         let num_panels = part.num_outputs.div_ceil(LANES);

@@ -179,14 +179,12 @@ pub(super) fn matmul(
     cpu.threads.share(num_pieces, num_rows * in_features * out_features, |piece| {
         let first_row = piece % num_row_pieces * PIECE_ROWS;
         let first_pair = piece / num_row_pieces * piece_pairs;
-        let end = (first_row + PIECE_ROWS).min(num_rows);
         let piece = Piece {
             x,
-            rows: first_row..end,
+            rows: first_row..(first_row + PIECE_ROWS).min(num_rows),
             w,
             pairs: first_pair..(first_pair + piece_pairs).min(num_pairs),
             stripes: (num_stripes, num_pairs),
-            is_last_of_pairs: end == num_rows,
             out,
         };
         #[expect(unsafe_code, reason = "calls into a function compiled for more than the baseline")]
@@ -209,8 +207,6 @@ struct Piece<'a> {
     pairs: Range<usize>,
     /// How many ranges of pairs there are, and how far each is from the one before.
     stripes: (usize, usize),
-    /// Whether other pairs of panels come next.
-    is_last_of_pairs: bool,
     out: Output<'a>,
 }
 
@@ -279,8 +275,9 @@ impl Piece<'_> {
     /// What is asked for while a block passes: its share of the weights behind these, if they are what comes next.
     fn ahead(&self, pairs: &Range<usize>, first_row: usize) -> Ahead {
         let num_blocks = self.rows.len().div_ceil(BLOCK_ROWS);
-        // A block alone reads from end to end, which the processor sees.
-        if num_blocks == 1 || !self.is_last_of_pairs {
+        // A block alone reads from end to end, which the processor sees; after other rows than the last these pairs come
+        // once more.
+        if num_blocks == 1 || self.rows.end < self.x.len() {
             return Ahead { from: std::ptr::null(), lines_per_tile: 0 };
         }
         let lines_per_tile = PAIR_LINES.div_ceil(num_blocks);
