@@ -3,10 +3,10 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-.PHONY: help demo test check bench chaos servers up down
+.PHONY: help demo test check check-cuda check-gpu bench chaos servers up down
 
 help: ## this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 demo: ## build, answer examples/queries.jsonl with the shipped model, show the answers
 	cargo run --release -- run --queries-file examples/queries.jsonl --corpus-path examples/corpus --output-file results.jsonl
@@ -32,6 +32,15 @@ down: ## end what `make up` started
 
 check: ## what CI checks
 	.ci/run
+
+# The compiler of the kernels is as fast however the crate around it is optimised.
+check-cuda: ## build for GPUs, compile the kernels for each generation of them; no GPU is needed
+	cargo clippy --package flotilla --package flotilla-gpu-worker --package flotilla-engine --all-targets --features flotilla/cuda --locked -- -D warnings
+	LD_LIBRARY_PATH="$$(scripts/cuda_libraries.sh compile)" cargo test --package flotilla-engine --features cuda --lib --locked \
+		--config 'profile.dev.package.flotilla-engine.opt-level=0' -- cuda::driver --include-ignored
+
+check-gpu: ## on a machine with a GPU: the kernels beside the processor's, and the speed
+	scripts/check_gpu.sh build && scripts/check_gpu.sh run
 
 bench: ## measure this machine
 	cargo run --release -- bench

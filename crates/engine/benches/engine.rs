@@ -48,7 +48,7 @@ fn main() {
     let kept = RunnerOptions { threads, max_num_batched_tokens: MAX_TOKENS, ..Default::default() };
     measure("small", SMALL, &kept);
     for precision in Precision::ALL {
-        let options = RunnerOptions { precision: Some(precision), ..kept };
+        let options = RunnerOptions { precision: Some(precision), ..kept.clone() };
         measure(&format!("large, {precision}"), LARGE, &options);
     }
 }

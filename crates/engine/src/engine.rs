@@ -14,13 +14,15 @@ use crate::block_manager::BlockManager;
 use crate::config::ModelConfig;
 use crate::detokenizer::Detokenizer;
 use crate::generation_config::GenerationConfig;
+use crate::gpu::Device;
 use crate::kernels::Simd as InstructionSet;
-use crate::memory::available_memory;
 use crate::model_files::is_gguf;
 use crate::precision::{KvCacheDtype, Precision};
 use crate::prompt::PromptFormat;
-use crate::runner::{Runner, RunnerOptions};
-use crate::sampler::{Chosen, SampleError, Samplers, SamplingParams, SamplingState, TokenLogprobs};
+use crate::runner::{GPU_MEMORY_UTILIZATION, Runner, RunnerOptions};
+use crate::sampler::{
+    Chosen, PlainChoice, SampleError, Samplers, SamplingParams, SamplingState, TokenLogprobs,
+};
 use crate::scheduler::{Limits, Plan, Scheduler};
 use crate::sequence::Sequence;
 use crate::step::{BLOCK_SIZE, StepInput, TokenId};
@@ -30,10 +32,12 @@ use crate::tokenizer::Tokenizer;
 const DEFAULT_KV_CACHE_BYTES: u64 = 1 << 30;
 
 /// Settings of an engine.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct EngineConfig {
     /// The model's folder.
     pub model_path: PathBuf,
+    /// What the model is computed on.
+    pub device: Device,
     /// Most sequences that run at a time.
     pub max_num_seqs: usize,
     /// Most tokens that are computed in a step.
@@ -52,12 +56,17 @@ pub struct EngineConfig {
     pub kv_cache_dtype: Option<KvCacheDtype>,
     /// What computes; the best of this machine if not given.
     pub instruction_set: Option<InstructionSet>,
+    /// Share of a GPU's memory that weights, buffers and KV cache may take, what others have taken counted in.
+    pub gpu_memory_utilization: f32,
+    /// Folder for a GPU's compiled kernels; they are compiled at each start if not given.
+    pub kernel_cache: Option<PathBuf>,
 }
 
 impl Default for EngineConfig {
     fn default() -> Self {
         Self {
             model_path: PathBuf::new(),
+            device: Device::Cpu,
             max_num_seqs: 32,
             max_num_batched_tokens: 512,
             max_model_len: None,
@@ -67,11 +76,24 @@ impl Default for EngineConfig {
             precision: None,
             kv_cache_dtype: None,
             instruction_set: None,
+            gpu_memory_utilization: GPU_MEMORY_UTILIZATION,
+            kernel_cache: None,
         }
     }
 }
 
 impl EngineConfig {
+    /// The default settings on a device: a GPU takes many more sequences at a time than a processor.
+    pub fn for_device(device: Device) -> Self {
+        let usual = Self::default();
+        match device {
+            Device::Cpu => usual,
+            Device::Gpu(_) => {
+                Self { device, max_num_seqs: 256, max_num_batched_tokens: 8192, ..usual }
+            }
+        }
+    }
+
     /// Checks the settings; the error names everything that is wrong with them.
     pub fn validate(&self) -> Result<(), Error> {
         let counts = [
@@ -86,6 +108,11 @@ impl EngineConfig {
             .collect();
         if let Some(length) = self.max_model_len.filter(|length| *length < 2) {
             problems.push(format!("max_model_len must be at least 2, got {length}"));
+        }
+        let share = self.gpu_memory_utilization;
+        if !(share > 0.0 && share <= 1.0) {
+            problems
+                .push(format!("gpu_memory_utilization must be above 0 and at most 1, got {share}"));
         }
         if problems.is_empty() { Ok(()) } else { Err(Error::Input(problems.join("; "))) }
     }
@@ -204,6 +231,7 @@ pub struct Engine {
     samplers: Samplers,
     /// The step that is computed, and what was sampled in it: memory that is used again.
     input: StepInput,
+    choices: Vec<Option<PlainChoice>>,
     sampled: Vec<SampledRow>,
     tokenizer: Arc<Tokenizer>,
     prompt_format: Arc<PromptFormat>,
@@ -223,17 +251,24 @@ impl Engine {
     /// Loads a model and makes its KV cache.
     pub fn load(config: &EngineConfig) -> Result<Self, Error> {
         config.validate()?;
-        let tokenizer = Arc::new(Tokenizer::load(&config.model_path)?);
-        let prompt_format = PromptFormat::load(&config.model_path, Arc::clone(&tokenizer))?;
         let options = RunnerOptions {
+            device: config.device,
             threads: config.threads,
             max_num_batched_tokens: config.max_num_batched_tokens,
             precision: config.precision,
             kv_cache_dtype: config.kv_cache_dtype,
             instruction_set: config.instruction_set,
+            gpu_memory_utilization: config.gpu_memory_utilization,
+            kernel_cache: config.kernel_cache.clone(),
         };
+        Self::with_runner(config, Runner::load(&config.model_path, &options)?)
+    }
+
+    /// An engine of a model that a runner has loaded.
+    pub(crate) fn with_runner(config: &EngineConfig, mut runner: Runner) -> Result<Self, Error> {
+        let tokenizer = Arc::new(Tokenizer::load(&config.model_path)?);
+        let prompt_format = PromptFormat::load(&config.model_path, Arc::clone(&tokenizer))?;
         let generation_config = GenerationConfig::load(&config.model_path)?;
-        let mut runner = Runner::load(&config.model_path, &options)?;
         let mut eos_token_ids: Vec<TokenId> = tokenizer.eos_token_ids().collect();
         if eos_token_ids.is_empty() {
             // Those of a part of the configuration, such as Gemma's for text.
@@ -263,6 +298,7 @@ impl Engine {
             answers: HashMap::new(),
             samplers: Samplers::new(config.threads),
             input: StepInput::default(),
+            choices: Vec::new(),
             sampled: Vec::new(),
             tokenizer,
             prompt_format: Arc::new(prompt_format),
@@ -422,7 +458,13 @@ impl Engine {
     /// next plan is smaller.
     fn run(&mut self, plan: &Plan) -> Result<bool, Error> {
         self.input.fill(&plan.scheduled, self.scheduler.running());
-        let logits = match self.runner.forward(&self.input) {
+        let answers = &self.answers;
+        let ends = plan.scheduled.iter().filter(|scheduled| scheduled.samples);
+        self.choices.clear();
+        self.choices.extend(ends.clone().map(|scheduled| {
+            answers.get(&scheduled.id).and_then(|answer| PlainChoice::of(&answer.sampling))
+        }));
+        let logits = match self.runner.forward_and_choose(&self.input, &self.choices) {
             Ok(logits) => logits,
             Err(Error::OutOfMemory(reason)) => {
                 self.make_room(reason)?;
@@ -430,13 +472,15 @@ impl Engine {
             }
             Err(error) => return Err(error),
         };
-        let ends = plan.scheduled.iter().filter(|scheduled| scheduled.samples);
         self.sampled.clear();
         self.sampled.extend(ends.map(|scheduled| SampledRow { id: scheduled.id, chosen: None }));
-        let answers = &self.answers;
         #[cfg(test)]
         let poisoned = self.poisoned;
         self.samplers.each(logits.threads(), &mut self.sampled, |sampler, index, row| {
+            if let Some(token) = logits.token(index) {
+                row.chosen = Some(token.map(|token| Chosen { token, logprobs: None }));
+                return;
+            }
             let logits = logits.row(index);
             #[cfg(test)]
             let logits = if poisoned == Some(row.id) { &[f32::NAN][..] } else { logits };
@@ -544,8 +588,8 @@ fn allocate_kv_cache(
     let num_blocks = match config.kv_cache_memory_bytes {
         Some(bytes) => bytes / block_bytes,
         None => {
-            let half = available_memory().map_or(DEFAULT_KV_CACHE_BYTES, |bytes| bytes / 2);
-            useful.min(half / block_bytes)
+            let room = runner.kv_cache_room().unwrap_or(DEFAULT_KV_CACHE_BYTES);
+            useful.min(room / block_bytes)
         }
     };
     let mut num_blocks = usize::try_from(num_blocks.min(u64::from(u32::MAX))).unwrap_or(usize::MAX);

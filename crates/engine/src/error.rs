@@ -19,6 +19,9 @@ pub enum Error {
     /// There is not enough memory for what was asked: ask for less.
     #[error("out of memory: {0}")]
     OutOfMemory(String),
+    /// A GPU or what it needs is missing, or it has failed: go on without it, or in a new process.
+    #[error("{0}")]
+    Device(String),
     /// A step or a request that cannot be computed; the model and its cache are as before.
     #[error("{0}")]
     Input(String),

@@ -29,7 +29,10 @@ pub use tokenizer::Tokenizer;
 
 mod attention;
 mod config;
+#[cfg(any(test, feature = "cuda"))]
+mod cuda;
 mod footprint;
+mod gpu;
 mod kernels;
 mod kv_cache;
 mod machine;
@@ -45,6 +48,7 @@ mod weights;
 
 pub use config::{Activation, Architecture, ExpertsConfig, LayerConfig, ModelConfig};
 pub use footprint::Footprint;
+pub use gpu::{Device, Gpu, GpuId, GpuUuid, UnknownDevice};
 pub use kernels::Simd as InstructionSet;
 pub use machine::MachineLimits;
 pub use memory::available_memory;

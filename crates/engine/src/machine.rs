@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 use memmap2::MmapMut;
 
 use crate::Error;
+#[cfg(feature = "cuda")]
+use crate::cuda::limits_of;
+use crate::gpu::{Gpu, GpuId};
 use crate::kernels::{
     Activations, Cpu, Epilogue, Kernel, LANES, Lanes, Linear, PackedMatrix, RowSource, Simd,
     Stored as _, Threads, Vector, matmul,
@@ -42,6 +45,13 @@ pub struct MachineLimits {
 }
 
 impl MachineLimits {
+    /// Measures those of a GPU, in 16 bits.
+    pub fn of_gpu(id: GpuId) -> Result<Self, Error> {
+        let (read_bytes_per_second, operations_per_second) = limits_of(&Gpu::find(id)?)?;
+        let fastest_format = Format::Bf16;
+        Ok(Self { read_bytes_per_second, operations_per_second, fastest_format })
+    }
+
     /// Measures them; takes a second or two, and a GiB of memory for that time.
     pub fn measure(threads: usize) -> Result<Self, Error> {
         let cpu = Cpu::new(Simd::detect(), Threads::new(threads)?);
@@ -58,6 +68,12 @@ impl MachineLimits {
         }
         Ok(limits)
     }
+}
+
+/// Without the feature there is no GPU to be found.
+#[cfg(not(feature = "cuda"))]
+fn limits_of(gpu: &Gpu) -> Result<(f64, f64), Error> {
+    Err(Error::Device(format!("{} cannot be used by this program", gpu.name)))
 }
 
 /// Multiplications and additions a second of a linear layer in the cache.

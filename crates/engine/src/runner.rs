@@ -1,26 +1,32 @@
 //! The runner: a step's plan in, logits out.
 //!
-//! This one computes on the CPU. One for another device has the same face (`load`, `allocate_kv_cache`,
-//! `forward`) and meets the engine in nothing but [`StepInput`] and [`Logits`]. Not here: what runs in a
-//! step (scheduler), which blocks (block manager), which token (sampler).
+//! It refuses what would read or write where it must not, and hands the rest to a [`Backend`]: the processor (`runner/cpu.rs`) or a
+//! GPU (`cuda`). Not here: what runs in a step (scheduler), which blocks (block manager), which token (sampler).
 
-use std::path::Path;
+mod cpu;
 
+use std::fmt::Debug;
+use std::path::{Path, PathBuf};
+
+use self::cpu::CpuBackend;
 use crate::Error;
 use crate::config::ModelConfig;
+use crate::gpu::{Device, Gpu};
 use crate::kernels::{Activations, Cpu, Simd, Threads};
-use crate::kv_cache::{KvCache, bytes_per_block};
 use crate::memory::available_memory;
-use crate::model::Model;
-use crate::model::decoder::{Buffers, Step};
-use crate::model::rope::RopeTable;
 use crate::precision::{KvCacheDtype, Precision};
-use crate::step::{BLOCK_SIZE, SequenceInput, StepInput};
+use crate::sampler::{PlainChoice, SampleError};
+use crate::step::{BLOCK_SIZE, StepInput, TokenId};
 use crate::weights::Checkpoint;
 
+/// The default of [`RunnerOptions::gpu_memory_utilization`].
+pub(crate) const GPU_MEMORY_UTILIZATION: f32 = 0.9;
+
 /// How a model is run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct RunnerOptions {
+    /// What the model is computed on.
+    pub device: Device,
     /// Threads that compute.
     pub threads: usize,
     /// Most tokens of a step, over all its sequences.
@@ -31,17 +37,24 @@ pub struct RunnerOptions {
     pub kv_cache_dtype: Option<KvCacheDtype>,
     /// What computes; the best of this machine if not given.
     pub instruction_set: Option<Simd>,
+    /// Share of a GPU's memory that weights, buffers and KV cache may take, what others have taken counted in.
+    pub gpu_memory_utilization: f32,
+    /// Folder for a GPU's compiled kernels; they are compiled at each start if not given.
+    pub kernel_cache: Option<PathBuf>,
 }
 
 impl Default for RunnerOptions {
     /// One thread, everything as it is stored, a KV cache that rounds nothing.
     fn default() -> Self {
         Self {
+            device: Device::Cpu,
             threads: 1,
             max_num_batched_tokens: 512,
             precision: None,
             kv_cache_dtype: Some(KvCacheDtype::Fp32),
             instruction_set: None,
+            gpu_memory_utilization: GPU_MEMORY_UTILIZATION,
+            kernel_cache: None,
         }
     }
 }
@@ -49,16 +62,51 @@ impl Default for RunnerOptions {
 /// A loaded model with its KV cache.
 #[derive(Debug)]
 pub struct Runner {
-    model: Model,
-    cpu: Cpu,
-    /// Angles of positions, a table for each of the model's ropes.
-    ropes: Vec<RopeTable>,
-    cache: Option<KvCache>,
-    buffers: Buffers,
+    backend: Box<dyn Backend>,
     max_num_batched_tokens: usize,
-    kv_cache_dtype: KvCacheDtype,
     /// Tells how much memory can be had.
     pub(crate) available_memory: fn() -> Option<u64>,
+}
+
+/// What computes the steps of a runner: a model on the processor or on a GPU, with its KV cache.
+pub(crate) trait Backend: Debug + Send {
+    /// What the model looks like.
+    fn config(&self) -> &ModelConfig;
+
+    /// Memory that the weights take.
+    fn weight_bytes(&self) -> u64;
+
+    /// How keys and values are kept.
+    fn kv_cache_dtype(&self) -> KvCacheDtype;
+
+    /// Memory that a block of the KV cache takes.
+    fn kv_bytes_per_block(&self) -> usize;
+
+    /// Makes the KV cache, in place of the one before.
+    fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<(), Error>;
+
+    /// Blocks of the KV cache.
+    fn num_kv_blocks(&self) -> usize;
+
+    /// Memory that a KV cache may take by default, where that is known.
+    fn kv_cache_room(&self) -> Option<u64>;
+
+    /// Sees to it that the first `num_blocks` of the KV cache can be written to, as [`Runner::forward`] says it.
+    fn back(
+        &mut self,
+        num_blocks: usize,
+        available_memory: fn() -> Option<u64>,
+    ) -> Result<(), Error>;
+
+    /// Computes a step that was checked.
+    ///
+    /// `choices` are how the tokens of the rows are chosen, for a backend that can do it; `None`, or one that is missing, is not for it to
+    /// choose.
+    fn forward(
+        &mut self,
+        input: &StepInput,
+        choices: &[Option<PlainChoice>],
+    ) -> Result<Logits<'_>, Error>;
 }
 
 /// Logits of a step: a row for each sequence that wanted them, in their order.
@@ -66,10 +114,31 @@ pub struct Runner {
 pub struct Logits<'a> {
     rows: &'a Activations,
     num_rows: usize,
+    /// Tokens that the backend has chosen, by row; those behind the last are not chosen.
+    tokens: &'a [Option<ChosenToken>],
     threads: &'a Threads,
 }
 
+/// A token, or why none can be chosen.
+pub(crate) type ChosenToken = Result<TokenId, SampleError>;
+
 impl<'a> Logits<'a> {
+    /// The first `num_rows` of `rows`, computed by `threads`, which go on to sample.
+    pub(crate) fn new(rows: &'a Activations, num_rows: usize, threads: &'a Threads) -> Self {
+        Self { rows, num_rows, tokens: &[], threads }
+    }
+
+    /// Of those rows whose token is chosen there may be no numbers.
+    #[cfg_attr(not(any(test, feature = "cuda")), expect(dead_code, reason = "a GPU chooses"))]
+    pub(crate) fn with_tokens(self, tokens: &'a [Option<ChosenToken>]) -> Self {
+        Self { tokens, ..self }
+    }
+
+    /// The token that was chosen for a row, if the backend did.
+    pub(crate) fn token(&self, row: usize) -> Option<ChosenToken> {
+        self.tokens.get(row).copied().flatten()
+    }
+
     /// Number of rows.
     pub fn num_rows(&self) -> usize {
         self.num_rows
@@ -84,7 +153,7 @@ impl<'a> Logits<'a> {
         self.rows.row(row)
     }
 
-    /// The threads that computed them.
+    /// The threads to sample with.
     pub(crate) fn threads(&self) -> &'a Threads {
         self.threads
     }
@@ -105,63 +174,58 @@ impl Runner {
             ));
         }
         let simd = options.instruction_set.unwrap_or_else(Simd::detect);
+        let cpu = Cpu::new(simd, Threads::new(options.threads)?);
         let checkpoint = Checkpoint::open(model_path)?;
-        let config = checkpoint.config()?;
-        let threads = Threads::new(options.threads)?;
-        let buffers = Buffers::new(&config, options.max_num_batched_tokens, threads.num_threads());
-        let ropes = config.ropes.iter().map(RopeTable::new).collect();
-        let cpu = Cpu::new(simd, threads);
-        let model = Model::load(&config, &checkpoint, &cpu, options.precision)?;
-        tracing::debug!(
-            instruction_set = simd.name(),
-            threads = options.threads,
-            weight_bytes = model.num_bytes(),
-            "model loaded"
-        );
-        // Keys and values are rounded no more than the weights that make them.
-        let usual = if model.has_fp32_keys() { KvCacheDtype::Fp32 } else { KvCacheDtype::Fp16 };
+        let backend: Box<dyn Backend> = match options.device {
+            Device::Cpu => Box::new(CpuBackend::load(&checkpoint, cpu, options)?),
+            Device::Gpu(id) => load_on(&Gpu::find(id)?, &checkpoint, cpu, options)?,
+        };
         Ok(Self {
-            model,
-            cpu,
-            ropes,
-            cache: None,
-            buffers,
+            backend,
             max_num_batched_tokens: options.max_num_batched_tokens,
-            kv_cache_dtype: options.kv_cache_dtype.unwrap_or(usual),
             available_memory,
         })
     }
 
+    /// A model that is loaded already.
+    #[cfg(test)]
+    pub(crate) fn with_backend(backend: Box<dyn Backend>, max_num_batched_tokens: usize) -> Self {
+        Self { backend, max_num_batched_tokens, available_memory }
+    }
+
     /// What the model looks like.
     pub fn config(&self) -> &ModelConfig {
-        self.model.config()
+        self.backend.config()
     }
 
     /// Memory that the weights take.
     pub fn weight_bytes(&self) -> u64 {
-        self.model.num_bytes()
+        self.backend.weight_bytes()
     }
 
     /// How keys and values are kept.
     pub fn kv_cache_dtype(&self) -> KvCacheDtype {
-        self.kv_cache_dtype
+        self.backend.kv_cache_dtype()
     }
 
     /// Memory that a block of the KV cache takes.
     pub fn kv_bytes_per_block(&self) -> usize {
-        bytes_per_block(self.config(), self.kv_cache_dtype)
+        self.backend.kv_bytes_per_block()
+    }
+
+    /// Memory that a KV cache may take by default, where that is known.
+    pub(crate) fn kv_cache_room(&self) -> Option<u64> {
+        self.backend.kv_cache_room()
     }
 
     /// Makes the KV cache, in place of the one before.
     pub fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<(), Error> {
-        self.cache = None;
-        self.cache = Some(KvCache::new(self.model.config(), num_blocks, self.kv_cache_dtype)?);
-        Ok(())
+        self.backend.allocate_kv_cache(num_blocks)
     }
 
     /// Blocks of the KV cache: fewer than were asked for once memory ran out.
     pub fn num_kv_blocks(&self) -> usize {
-        self.cache.as_ref().map_or(0, KvCache::num_blocks)
+        self.backend.num_kv_blocks()
     }
 
     /// Computes a step: keys and values of its tokens go to the cache, the wanted logits come back.
@@ -169,22 +233,24 @@ impl Runner {
     /// Where there is no memory for blocks that it is the first to write to, the cache loses them
     /// ([`Error::OutOfMemory`]).
     pub fn forward(&mut self, input: &StepInput) -> Result<Logits<'_>, Error> {
-        self.check(input)?;
-        let Self { model, cpu, ropes, cache, buffers, .. } = self;
-        let Some(cache) = cache else {
+        self.forward_and_choose(input, &[])
+    }
+
+    /// The same, where a backend may choose tokens as `choices` say for the rows of logits.
+    pub(crate) fn forward_and_choose(
+        &mut self,
+        input: &StepInput,
+        choices: &[Option<PlainChoice>],
+    ) -> Result<Logits<'_>, Error> {
+        if self.num_kv_blocks() == 0 {
             return Err(Error::Input("the runner has no KV cache yet".into()));
-        };
-        let end = |s: &SequenceInput| s.num_computed_tokens + s.num_scheduled_tokens;
+        }
+        self.check(input)?;
         let blocks =
-            input.sequences.iter().flat_map(|s| &s.block_table[..end(s).div_ceil(BLOCK_SIZE)]);
+            input.sequences.iter().flat_map(|s| &s.block_table[..s.end().div_ceil(BLOCK_SIZE)]);
         let num_blocks = blocks.map(|block| block.0 as usize + 1).max().unwrap_or(0);
-        cache.back(num_blocks, self.available_memory)?;
-        let num_positions = input.sequences.iter().map(end).max().unwrap_or(0);
-        ropes.iter_mut().for_each(|rope| rope.ensure(num_positions));
-        let step = Step { cpu, input, ropes };
-        cpu.threads.step(|| model.forward(step, cache, buffers));
-        let (rows, num_rows) = self.buffers.logits();
-        Ok(Logits { rows, num_rows, threads: &self.cpu.threads })
+        self.backend.back(num_blocks, self.available_memory)?;
+        self.backend.forward(input, choices)
     }
 
     /// Refuses what would read or write where it must not.
@@ -208,7 +274,7 @@ impl Runner {
         }
         let mut num_scheduled = 0;
         for (index, sequence) in input.sequences.iter().enumerate() {
-            let end = sequence.num_computed_tokens.saturating_add(sequence.num_scheduled_tokens);
+            let end = sequence.end();
             num_scheduled += sequence.num_scheduled_tokens;
             let wrong =
                 |what: String| Err(Error::Input(format!("sequence {index} of the step {what}")));
@@ -236,13 +302,27 @@ impl Runner {
     }
 }
 
+#[cfg(feature = "cuda")]
+use crate::cuda::load_on;
+
+/// Without the feature there is no GPU to be found.
+#[cfg(not(feature = "cuda"))]
+fn load_on(
+    gpu: &Gpu,
+    _: &Checkpoint,
+    _: Cpu,
+    _: &RunnerOptions,
+) -> Result<Box<dyn Backend>, Error> {
+    Err(Error::Device(format!("{} cannot be used by this program", gpu.name)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::step::BlockId;
+    use crate::step::{BlockId, SequenceInput};
 
     /// A short prompt, a token and two tokens, on every instruction set.
-    fn check_instruction_sets(model: &Path, options: RunnerOptions, prompt_len: usize) {
+    fn check_instruction_sets(model: &Path, options: &RunnerOptions, prompt_len: usize) {
         let lengths = [(0, prompt_len), (prompt_len, 1), (prompt_len + 1, 2)];
         let steps = lengths.map(|(computed, scheduled)| StepInput {
             token_ids: (0..scheduled).map(|i| ((i + computed) * 7 % 300) as u32).collect(),
@@ -256,7 +336,7 @@ mod tests {
         });
         let vector_units = Simd::available().into_iter().filter(|simd| !simd.has_matrix_unit());
         let mut logits = vector_units.map(|simd| {
-            let options = RunnerOptions { instruction_set: Some(simd), ..options };
+            let options = RunnerOptions { instruction_set: Some(simd), ..options.clone() };
             let mut runner = Runner::load(model, &options).unwrap();
             runner.allocate_kv_cache(4).unwrap();
             let bits = |step| -> Vec<u32> {
@@ -287,19 +367,19 @@ mod tests {
             "qwen3-moe",
         ] {
             let model = package.join("tests/fixtures").join(model);
-            check_instruction_sets(&model, RunnerOptions::default(), 50);
+            check_instruction_sets(&model, &RunnerOptions::default(), 50);
             for kv_cache_dtype in KvCacheDtype::ALL {
                 let precision = Some(Precision::Q8_0);
                 let kv_cache_dtype = Some(kv_cache_dtype);
                 let options = RunnerOptions { precision, kv_cache_dtype, ..Default::default() };
-                check_instruction_sets(&model, options, 50);
+                check_instruction_sets(&model, &options, 50);
             }
         }
         // Its rows are whole blocks of every format.
         let shipped = package.join("../../models/flotilla-reader");
         for precision in [Precision::Fp16, Precision::Q6K, Precision::Q4K] {
             let options = RunnerOptions { precision: Some(precision), ..Default::default() };
-            check_instruction_sets(&shipped, options, 5);
+            check_instruction_sets(&shipped, &options, 5);
         }
     }
 }

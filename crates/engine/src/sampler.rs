@@ -47,6 +47,37 @@ pub(crate) enum SampleError {
     NothingPossible,
 }
 
+/// A choice that depends on nothing but the row of logits and these numbers: one that a device can make where its logits are.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct PlainChoice {
+    /// 0 takes the likeliest token.
+    pub(crate) temperature: f32,
+    /// 0 is all of them.
+    pub(crate) top_k: usize,
+    pub(crate) top_p: f32,
+    pub(crate) min_p: f32,
+    /// Where it falls among the tokens that are left, a fraction of 2^64.
+    pub(crate) draw: u64,
+}
+
+impl PlainChoice {
+    /// That of a sequence's next token; `None` where the choice depends on more.
+    pub(crate) fn of(state: &SamplingState) -> Option<Self> {
+        let params = state.params();
+        if state.adjusts() || params.typical_p < 1.0 || params.logprobs.is_some() {
+            return None;
+        }
+        let draw = draw::uniform(params.seed, state.num_generated() as u64);
+        Some(Self {
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            draw: (draw * 2.0_f64.powi(64)) as u64,
+        })
+    }
+}
+
 /// A chosen token.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Chosen {

@@ -31,6 +31,13 @@ pub struct SequenceInput {
     pub wants_logits: bool,
 }
 
+impl SequenceInput {
+    /// Tokens that are computed once the step is.
+    pub(crate) fn end(&self) -> usize {
+        self.num_computed_tokens.saturating_add(self.num_scheduled_tokens)
+    }
+}
+
 /// The whole step, flattened over its sequences.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct StepInput {

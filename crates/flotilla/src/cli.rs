@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use engine::{EngineConfig, InstructionSet, KvCacheDtype, Precision};
+use engine::{Device, EngineConfig, InstructionSet, KvCacheDtype, Precision};
 use producer::{RetrievalConfig, SourceConfig};
 
 use crate::hub::{HubOptions, Need};
@@ -149,6 +149,16 @@ pub(crate) struct ModelOptions {
     /// Where inference runs.
     #[arg(long, value_enum, default_value_t = InferenceType::Local)]
     pub(crate) inference_type: InferenceType,
+    /// Devices to compute on, one engine each: cpu, numbers of GPUs such as 0,1, their names (GPU-…), or all: the GPUs that
+    /// CUDA_VISIBLE_DEVICES leaves, or the processor where there is none or the program was built without CUDA.
+    #[arg(long, value_name = "DEVICES", env = "FLOTILLA_DEVICES", default_value = "all")]
+    pub(crate) devices: String,
+    /// Share of a GPU's memory that weights and KV cache may take, what others have taken counted in.
+    #[arg(long, value_name = "SHARE", default_value_t = EngineConfig::default().gpu_memory_utilization)]
+    pub(crate) gpu_memory_utilization: f32,
+    /// Folder for kernels that were compiled for a model and a GPU [default: kernels in flotilla's cache folder].
+    #[arg(long, value_name = "DIR", env = "FLOTILLA_KERNEL_CACHE")]
+    pub(crate) kernel_cache: Option<PathBuf>,
     /// How weights are kept in memory: fp32, fp16, bf16, or quantised while loading to q8_0, int8 (the fastest
     /// with AMX or AVX-512 VNNI), q6_k or q4_k [default: as the checkpoint stores them].
     #[arg(long, value_name = "NAME", value_parser = named(&Precision::ALL, Precision::name))]
@@ -156,12 +166,12 @@ pub(crate) struct ModelOptions {
     /// How the KV cache keeps keys and values [default: fp16, fp32 beside weights in fp32].
     #[arg(long, value_name = "NAME", value_parser = named(&KvCacheDtype::ALL, KvCacheDtype::name))]
     pub(crate) kv_cache_dtype: Option<KvCacheDtype>,
-    /// Most sequences that a worker computes at once.
-    #[arg(long, visible_alias = "batch-size", value_name = "N", default_value_t = EngineConfig::default().max_num_seqs, value_parser = at_least(1))]
-    pub(crate) max_num_seqs: usize,
-    /// Most tokens that a worker computes in one step.
-    #[arg(long, value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens, value_parser = at_least(1))]
-    pub(crate) max_num_batched_tokens: usize,
+    /// Most sequences that a worker computes at once [default: 32, on a GPU 256].
+    #[arg(long, visible_alias = "batch-size", value_name = "N", value_parser = at_least(1))]
+    pub(crate) max_num_seqs: Option<usize>,
+    /// Most tokens that a worker computes in one step [default: 512, on a GPU 8192].
+    #[arg(long, value_name = "N", value_parser = at_least(1))]
+    pub(crate) max_num_batched_tokens: Option<usize>,
     /// Longest sequence, prompt and answer, in tokens [default: the model's window].
     #[arg(long, value_name = "N", value_parser = at_least(2))]
     pub(crate) max_model_len: Option<usize>,
@@ -209,8 +219,14 @@ pub(crate) struct ModelsOptions {
 }
 
 impl ModelOptions {
-    /// The settings of each of `workers` engines.
-    pub(crate) fn engine_config(&self, workers: u32) -> anyhow::Result<EngineConfig> {
+    /// The devices to compute on.
+    pub(crate) fn devices(&self) -> Result<Vec<Device>, Usage> {
+        let devices = gpu_worker::devices(&self.devices);
+        devices.map_err(|error| Usage(format!("--devices: {error}")))
+    }
+
+    /// The settings of each of `num_engines` engines, whichever device it is on.
+    pub(crate) fn engine_config(&self, num_engines: usize) -> anyhow::Result<EngineConfig> {
         if self.batch_timeout.is_some() {
             tracing::warn!("--batch-timeout has no effect: a sequence never waits for a batch");
         }
@@ -219,11 +235,9 @@ impl ModelOptions {
         }
         let InferenceType::Local = self.inference_type;
         let defaults = EngineConfig::default();
-        let threads = self.threads.unwrap_or(defaults.threads).div_ceil(workers.max(1) as usize);
+        let threads = self.threads.unwrap_or(defaults.threads).div_ceil(num_engines.max(1));
         let config = EngineConfig {
             model_path: self.model_path.find(Need::Model)?,
-            max_num_seqs: self.max_num_seqs,
-            max_num_batched_tokens: self.max_num_batched_tokens,
             max_model_len: self.max_model_len,
             kv_cache_memory_bytes: self.kv_cache_memory.map(|mib| mib << 20),
             threads,
@@ -231,10 +245,31 @@ impl ModelOptions {
             precision: self.precision,
             kv_cache_dtype: self.kv_cache_dtype,
             instruction_set: self.instruction_set,
+            gpu_memory_utilization: self.gpu_memory_utilization,
+            kernel_cache: self.kernel_cache.clone().or_else(kernel_cache),
+            ..defaults
         };
         config.validate().map_err(|error| Usage(error.to_string()))?;
         Ok(config)
     }
+
+    /// The settings of an engine on a device.
+    pub(crate) fn on(&self, device: Device, config: &EngineConfig) -> EngineConfig {
+        let usual = EngineConfig::for_device(device);
+        EngineConfig {
+            max_num_seqs: self.max_num_seqs.unwrap_or(usual.max_num_seqs),
+            max_num_batched_tokens: self
+                .max_num_batched_tokens
+                .unwrap_or(usual.max_num_batched_tokens),
+            device,
+            ..config.clone()
+        }
+    }
+}
+
+/// The usual folder for kernels that were compiled for a GPU.
+pub(crate) fn kernel_cache() -> Option<PathBuf> {
+    producer::RetrievalConfig::default().resolved_cache_dir().map(|cache| cache.join("kernels"))
 }
 
 /// Options that parse but can't be meant; the program ends with the exit code for wrong usage.

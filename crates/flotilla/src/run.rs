@@ -10,8 +10,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use collector::{Answered, Collector, End, Lock, MemoryDedup, Output};
-use engine::EngineConfig;
-use gpu_worker::{Device, EngineBackend, Stats};
+use engine::{Device, EngineConfig};
+use gpu_worker::{EngineBackend, Stats};
 use producer::{BadInput, JobTemplate, Published, Publisher, Retriever};
 use shared::{Context, Job, JobId, MemoryQueue, RunId, Settled};
 use tokio::sync::{mpsc, watch};
@@ -47,7 +47,8 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
     if options.workers == 0 && nats.is_none() {
         return Err(Usage("expected --workers of at least 1 without --nats-url".to_owned()).into());
     }
-    let engine = options.model.engine_config(options.workers)?;
+    let devices = options.model.devices()?.repeat(options.workers as usize);
+    let engine = options.model.engine_config(devices.len())?;
     let template = JobTemplate {
         run: RunId(run_name(&options.output_file)),
         prompt_template: options.generation.template()?,
@@ -57,12 +58,12 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
     options.retrieval.validate()?;
     files::check(input, &options.output_file)?;
     if let Some(nats) = nats {
-        return with_servers::main(options, &nats, engine, template);
+        return with_servers::main(options, &nats, (engine, devices), template);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         // Each thread that tokenises keeps words of its own; no more of them than run at a time.
-        .max_blocking_threads(4 + 4 * options.workers as usize)
+        .max_blocking_threads(4 + 4 * devices.len())
         .build()
         .context("cannot start the async runtime")?;
     let mut collector = runtime.block_on(async {
@@ -71,8 +72,13 @@ pub(crate) fn main(options: &RunOptions) -> anyhow::Result<ExitCode> {
     })?;
     let contexts = contexts(options, &engine, collector.answered())?;
     let mut rejects = Rejects::beside(&options.output_file)?;
-    let answering =
-        answer_all(options, &engine, template, contexts, (&mut collector, &mut rejects));
+    let answering = answer_all(
+        options,
+        (&engine, &devices),
+        template,
+        contexts,
+        (&mut collector, &mut rejects),
+    );
     let answered = runtime.block_on(answering);
     // A thread that still reads ahead has nothing left to do.
     runtime.shutdown_background();
@@ -113,7 +119,7 @@ struct Done {
 /// Wires the roles together and waits until everything is written.
 async fn answer_all(
     options: &RunOptions,
-    engine: &EngineConfig,
+    engines: (&EngineConfig, &[Device]),
     template: JobTemplate,
     contexts: impl Iterator<Item = Result<Context, BadInput>> + Send + 'static,
     (collector, rejects): (&mut Collector<MemoryDedup>, &mut Rejects),
@@ -127,7 +133,7 @@ async fn answer_all(
     let (tell_end, end) = watch::channel(End::Open);
     let interruption = signals::interruption()?;
     let (tell_total, total) = watch::channel(None);
-    let workers = start_workers(options, engine, &queues, &shutdown);
+    let workers = start_workers(options, engines, &queues, &shutdown);
     let mut progress = Progress::start(total);
     tokio::task::spawn_blocking({
         let source = options.source.clone();
@@ -187,12 +193,12 @@ async fn answer_all(
 
 fn start_workers(
     options: &RunOptions,
-    engine: &EngineConfig,
+    (engine, devices): (&EngineConfig, &[Device]),
     queues: &Queues,
     shutdown: &CancellationToken,
 ) -> Workers {
     let mut workers = Workers::new();
-    for rank in 0..options.workers {
+    for (rank, device) in (0..).zip(devices) {
         let config = gpu_worker::Config {
             rank,
             name: rank.to_string(),
@@ -200,7 +206,7 @@ fn start_workers(
             // The user's second interrupt ends it.
             drain_timeout: Duration::MAX,
         };
-        let backend = EngineBackend { engine: engine.clone(), device: Device::Cpu };
+        let backend = EngineBackend { engine: options.model.on(*device, engine) };
         let queues = (queues.jobs.clone(), queues.outcomes.clone());
         let control = (Arc::new(Stats::default()), shutdown.clone());
         workers.spawn(async move {

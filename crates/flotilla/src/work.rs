@@ -8,15 +8,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::anyhow;
-use engine::EngineConfig;
-use gpu_worker::{Backend, Device, EngineBackend, Noop, Stats};
+use engine::{Device, EngineConfig};
+use gpu_worker::{Backend, EngineBackend, Noop, Stats};
 use shared::queue::nats::Fleet;
 use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::cli::fleet::{BackendName, WorkOptions};
 use crate::observe::{self, Health};
-use crate::{cli, fleet, signals};
+use crate::{fleet, signals};
 
 mod faults;
 mod page;
@@ -27,10 +27,9 @@ use said::Identity;
 
 /// Runs `flotilla work`.
 pub(crate) fn main(options: &WorkOptions) -> anyhow::Result<ExitCode> {
-    let mut devices = gpu_worker::devices(&options.devices)
-        .map_err(|error| cli::Usage(format!("--devices: {error}")))?;
+    let mut devices = options.model.devices()?;
     let engine = match options.hidden.backend {
-        BackendName::Engine => Some(options.model.engine_config(devices.len() as u32)?),
+        BackendName::Engine => Some(options.model.engine_config(devices.len())?),
         BackendName::Noop => {
             devices = devices.repeat(options.hidden.noop_workers);
             None
@@ -75,7 +74,7 @@ async fn work(
         match &engine {
             Some(engine) => {
                 let model = engine::model_name(&engine.model_path);
-                let backend = EngineBackend { engine: engine.clone(), device: *device };
+                let backend = EngineBackend { engine: options.model.on(*device, engine) };
                 workers.spawn(worker.run(backend, model));
             }
             None => {

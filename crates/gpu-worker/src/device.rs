@@ -1,56 +1,73 @@
 //! Which devices the workers of this process compute on.
 
+use engine::{Device, Gpu, GpuId};
+
 use crate::Error;
 
-/// Where an engine computes. Each device has one engine, with a thread of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Device {
-    /// The processor.
-    Cpu,
-}
-
-impl std::fmt::Display for Device {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Cpu => f.write_str("cpu"),
-        }
-    }
-}
-
-/// The devices that `spec` names: `all`, or a list with commas of `cpu` and numbers of GPUs. Naming
-/// `cpu` several times gives as many engines.
+/// The devices that `spec` names: `all`, which is every GPU that this process may use, or the processor where there is none; or a
+/// list with commas of `cpu`, numbers and names of GPUs. Naming `cpu` several times gives as many engines.
 pub fn devices(spec: &str) -> Result<Vec<Device>, Error> {
     if spec.trim() == "all" {
-        return Ok(vec![Device::Cpu]);
+        return Ok(all(Gpu::all()));
     }
-    spec.split(',').map(|name| device(name.trim())).collect()
+    let device = |name: &str| match name.trim().parse() {
+        Ok(Device::Gpu(id)) => found(id),
+        Ok(Device::Cpu) => Ok(Device::Cpu),
+        Err(unknown) => Err(Error::Device(unknown.to_string())),
+    };
+    spec.split(',').map(device).collect()
 }
 
-fn device(name: &str) -> Result<Device, Error> {
-    let reason = match name {
-        "cpu" => return Ok(Device::Cpu),
-        _ if name.parse::<u32>().is_ok() => "this build has no CUDA",
-        _ => "there is no such device",
-    };
-    Err(Error::Device { name: name.to_owned(), reason })
+fn all(gpus: Result<Vec<Gpu>, engine::Error>) -> Vec<Device> {
+    let gpus = gpus.unwrap_or_else(|reason| {
+        tracing::debug!(%reason, "computing on the processor");
+        Vec::new()
+    });
+    let devices: Vec<_> = gpus.iter().map(|gpu| Device::Gpu(GpuId::Index(gpu.index))).collect();
+    if devices.is_empty() { vec![Device::Cpu] } else { devices }
+}
+
+/// One that there is.
+fn found(id: GpuId) -> Result<Device, Error> {
+    match Gpu::find(id) {
+        Ok(_) => Ok(Device::Gpu(id)),
+        Err(error) => Err(Error::Device(error.to_string())),
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use engine::GpuUuid;
+
     use super::*;
 
     #[test]
-    fn cpu_is_all_there_is() {
-        assert_eq!(devices("all").unwrap(), [Device::Cpu]);
+    fn the_processor_can_be_named_several_times() {
         assert_eq!(devices("cpu").unwrap(), [Device::Cpu]);
         assert_eq!(devices("cpu, cpu").unwrap().len(), 2);
     }
 
     #[test]
-    fn a_gpu_is_refused_with_what_is_expected_instead() {
-        let error = devices("cpu,1").unwrap_err().to_string();
-        assert_eq!(error, "this build has no CUDA: expected cpu or all, got '1'");
+    fn all_are_the_gpus_or_else_the_processor() {
+        let gpu = |index| Gpu {
+            index,
+            name: "GPU".into(),
+            uuid: GpuUuid([index as u8; 16]),
+            memory_bytes: 1 << 34,
+            compute_capability: (9, 0),
+            num_multiprocessors: 132,
+        };
+        let expected = [0, 1].map(|index| Device::Gpu(GpuId::Index(index)));
+        assert_eq!(all(Ok(vec![gpu(0), gpu(1)])), expected);
+        assert_eq!(all(Ok(Vec::new())), [Device::Cpu]);
+        assert_eq!(all(Err(engine::Error::Device("no driver".into()))), [Device::Cpu]);
+    }
+
+    #[test]
+    fn what_is_no_device_is_refused_with_what_is_expected_instead() {
         let error = devices("").unwrap_err().to_string();
-        assert_eq!(error, "there is no such device: expected cpu or all, got ''");
+        assert!(error.starts_with("expected cpu, a number or a name"), "{error}");
+        // No machine has so many.
+        assert!(matches!(devices("cpu,4000"), Err(Error::Device(_))));
     }
 }

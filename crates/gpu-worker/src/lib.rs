@@ -28,7 +28,7 @@ pub use backend::{
     Answer, Backend, Counters, EngineBackend, Failure, LocalEngine, Noop, NoopEngine, Progress,
     Serving,
 };
-pub use device::{Device, devices};
+pub use device::devices;
 pub use stats::{FailureKind, HistogramSnapshot, Snapshot, Stats};
 
 use pull::{Stop, serve_until_stopped};
@@ -75,13 +75,8 @@ pub enum Error {
     #[error("cannot take jobs from the queue or store their outcomes")]
     Queue(#[from] QueueError),
     /// A device that can't be used.
-    #[error("{reason}: expected cpu or all, got '{name}'")]
-    Device {
-        /// What was asked for.
-        name: String,
-        /// Why not.
-        reason: &'static str,
-    },
+    #[error("{0}")]
+    Device(String),
 }
 
 /// Answers the jobs of `queues` into its outcomes until the shutdown, then finishes those it holds

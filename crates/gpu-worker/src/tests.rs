@@ -126,7 +126,7 @@ async fn a_prompt_that_cannot_fit_is_rejected_and_its_mates_are_answered() {
     long.context.query = "many words ".repeat(10_000);
     jobs.publish(long).await.unwrap();
     jobs.publish(job("short")).await.unwrap();
-    let backend = EngineBackend { engine: engine_config(), device: Device::Cpu };
+    let backend = EngineBackend { engine: engine_config() };
     let (settled, stats) = work(backend, (&jobs, 2), 5).await;
     let failed = failed(&settled);
     assert_eq!((failed.len(), failed[0].0), (1, "long"));

@@ -46,11 +46,11 @@ impl<S: Stored> Operand for Contiguous<'_, S> {
 
 /// A linear layer with its bias.
 #[derive(Debug)]
-pub(crate) struct Linear {
+pub(crate) struct Linear<M = PackedMatrix, V = Vec<f32>> {
     /// `(out_features, in_features)`
-    pub(crate) weight: PackedMatrix,
+    pub(crate) weight: M,
     /// `(out_features)`
-    pub(crate) bias: Option<Vec<f32>>,
+    pub(crate) bias: Option<V>,
 }
 
 impl Linear {

@@ -6,7 +6,8 @@ use std::ops::Range;
 
 use super::elementwise::{ELEMENT_WORK, PIECE_ROWS, activate};
 use super::{
-    Activations, Cpu, Epilogue, Kernel, Linear, PAIR_OUTPUTS, Rows, SharedRows, Vector, matmul,
+    Activations, Cpu, Epilogue, Kernel, Linear, PAIR_OUTPUTS, PackedMatrix, Rows, SharedRows,
+    Vector, matmul,
 };
 #[cfg(target_arch = "x86_64")]
 use super::{
@@ -18,12 +19,12 @@ use crate::config::Activation;
 
 /// `down(activation(gate(x)) * up(x))`
 #[derive(Debug)]
-pub(crate) struct Mlp {
+pub(crate) struct Mlp<M = PackedMatrix, V = Vec<f32>> {
     pub(crate) activation: Activation,
     /// Gates, and behind them ups: `(2 * intermediate_size, hidden_size)`.
-    pub(crate) gate_up: Linear,
+    pub(crate) gate_up: Linear<M, V>,
     /// `(hidden_size, intermediate_size)`
-    pub(crate) down: Linear,
+    pub(crate) down: Linear<M, V>,
 }
 
 /// What lies between the layers. Grows when it is written, and is used again.

@@ -5,24 +5,25 @@
 
 use crate::config::ModelConfig;
 use crate::kernels::{
-    Activations, Cpu, Epilogue, Inner, Kernel, Linear, Mlp, Vector, matmul, softmax_row,
+    Activations, Cpu, Epilogue, Inner, Kernel, Linear, Mlp, PackedMatrix, Vector, matmul,
+    softmax_row,
 };
 
 /// What stands behind the norm of a layer's second half.
 #[derive(Debug)]
-pub(crate) enum FeedForward {
+pub(crate) enum FeedForward<M = PackedMatrix, V = Vec<f32>> {
     /// One network.
-    Dense(Mlp),
+    Dense(Mlp<M, V>),
     /// Several.
-    Experts(Experts),
+    Experts(Experts<M, V>),
 }
 
 /// Networks of which each token goes through a few.
 #[derive(Debug)]
-pub(crate) struct Experts {
+pub(crate) struct Experts<M = PackedMatrix, V = Vec<f32>> {
     /// `(num_experts, hidden_size)`
-    pub(crate) router: Linear,
-    pub(crate) experts: Vec<Mlp>,
+    pub(crate) router: Linear<M, V>,
+    pub(crate) experts: Vec<Mlp<M, V>>,
     /// Experts that a token goes through.
     pub(crate) num_per_token: usize,
     /// Whether a token's weights are made to sum to 1.

@@ -12,6 +12,8 @@ use crate::precision::{MatrixRole, Precision};
 use crate::quant::MAX_BLOCK_LEN;
 use crate::weights::{Format, Tensor};
 
+use super::Store;
+
 /// Packs the matrices of a model.
 #[derive(Debug)]
 pub(super) struct Packing<'a> {
@@ -36,7 +38,7 @@ pub(crate) struct Account {
 
 /// Rows to be looked up, as a file would have them.
 #[derive(Debug)]
-pub(super) struct StoredRows {
+pub(crate) struct StoredRows {
     format: Format,
     /// Scales of the columns, where rows are whole numbers.
     columns: Option<Int8Columns>,
@@ -52,103 +54,6 @@ impl<'a> Packing<'a> {
     /// Only counts what a precision takes.
     pub(super) fn counting(precision: Option<Precision>) -> Self {
         Self { cpu: None, precision, num_finer: Cell::new(0), account: RefCell::default() }
-    }
-
-    /// Notes a tensor of the model.
-    pub(super) fn note(&self, name: &str, shape: &[usize], format: Format) {
-        let mut account = self.account.borrow_mut();
-        let numbers = shape.iter().map(|len| *len as u64).product::<u64>();
-        account.tensors.push((name.to_owned(), shape.to_vec()));
-        match account.stored.iter_mut().find(|(stored, _)| *stored == format) {
-            Some((_, count)) => *count += numbers,
-            None => account.stored.push((format, numbers)),
-        }
-    }
-
-    /// A vector, widened.
-    pub(super) fn vector(&self, tensor: &Tensor<'_>) -> Vec<f32> {
-        self.add(tensor.num_rows() * tensor.row_len() * size_of::<f32>());
-        if self.cpu.is_some() { tensor.to_vec() } else { Vec::new() }
-    }
-
-    /// The rows of all tensors, which are of one width, as one matrix. `name` is for errors.
-    pub(super) fn matrix(
-        &self,
-        name: &str,
-        role: MatrixRole,
-        tensors: &[Tensor<'_>],
-    ) -> Result<PackedMatrix, Error> {
-        let formats: Vec<_> = tensors.iter().map(|tensor| self.format(role, tensor)).collect();
-        let in_features = tensors.first().map_or(0, Tensor::row_len);
-        let Some(cpu) = self.cpu else {
-            let rows: Vec<_> =
-                formats.into_iter().zip(tensors.iter().map(Tensor::num_rows)).collect();
-            for rows in rows.chunk_by(|(format, _), (other, _)| format == other) {
-                let num_rows = rows.iter().map(|(_, num_rows)| num_rows).sum();
-                self.add(packed_bytes(Simd::detect(), rows[0].0, num_rows, in_features));
-            }
-            return Ok(PackedMatrix::default());
-        };
-        let convert = Convert { simd: cpu.simd, problem: OnceLock::new() };
-        let writes: Vec<_> = tensors
-            .iter()
-            .zip(&formats)
-            .map(|(tensor, format)| {
-                |row: usize, out: &mut [u8]| convert.row(tensor, row, *format, out)
-            })
-            .collect();
-        let sources: Vec<_> = formats
-            .iter()
-            .zip(tensors)
-            .zip(&writes)
-            .map(|((format, tensor), write)| RowSource {
-                format: *format,
-                num_rows: tensor.num_rows(),
-                write,
-            })
-            .collect();
-        let matrix = PackedMatrix::pack(cpu, in_features, &sources)?;
-        convert.finish(name)?;
-        self.add(matrix.num_bytes());
-        Ok(matrix)
-    }
-
-    /// The rows of a tensor, to be looked up. `name` is for errors.
-    pub(super) fn rows(
-        &self,
-        name: &str,
-        role: MatrixRole,
-        tensor: &Tensor<'_>,
-    ) -> Result<StoredRows, Error> {
-        let format = self.format(role, tensor);
-        let row_bytes = format.num_bytes(tensor.row_len());
-        self.add(row_bytes * tensor.num_rows());
-        if format == Format::Int8 {
-            self.add(Int8Columns::num_bytes(tensor.row_len()));
-        }
-        let Some(cpu) = self.cpu else {
-            return Ok(StoredRows { format, columns: None, bytes: Vec::new() });
-        };
-        let convert = Convert { simd: cpu.simd, problem: OnceLock::new() };
-        let columns = (format == Format::Int8).then(|| {
-            let shape = (tensor.num_rows(), tensor.row_len());
-            Int8Columns::of(&cpu.threads, shape, |row, numbers| tensor.decode_row(row, numbers))
-        });
-        let mut bytes = vec![0; row_bytes * tensor.num_rows()];
-        let given_bytes = format.given().num_bytes(tensor.row_len());
-        cpu.threads.share_chunks(&mut bytes, row_bytes, |row, given: &mut Vec<u8>, out| {
-            let Some(columns) = &columns else {
-                convert.row(tensor, row, format, out);
-                return;
-            };
-            given.resize(given_bytes, 0);
-            convert.row(tensor, row, format, given);
-            let mut numbers = vec![0.0; tensor.row_len()];
-            format.given().decode(given, &mut numbers);
-            columns.encode(&numbers, out);
-        });
-        convert.finish(name)?;
-        Ok(StoredRows { format, columns, bytes })
     }
 
     /// How a tensor is kept.
@@ -181,6 +86,104 @@ impl<'a> Packing<'a> {
     }
 }
 
+impl Store for Packing<'_> {
+    type Matrix = PackedMatrix;
+    type Vector = Vec<f32>;
+    type Rows = StoredRows;
+
+    fn note(&self, name: &str, shape: &[usize], format: Format) {
+        let mut account = self.account.borrow_mut();
+        let numbers = shape.iter().map(|len| *len as u64).product::<u64>();
+        account.tensors.push((name.to_owned(), shape.to_vec()));
+        match account.stored.iter_mut().find(|(stored, _)| *stored == format) {
+            Some((_, count)) => *count += numbers,
+            None => account.stored.push((format, numbers)),
+        }
+    }
+
+    fn numbers(&self, tensor: &Tensor<'_>) -> Vec<f32> {
+        self.add(tensor.num_rows() * tensor.row_len() * size_of::<f32>());
+        if self.cpu.is_some() { tensor.to_vec() } else { Vec::new() }
+    }
+
+    fn vector(&self, numbers: Vec<f32>) -> Result<Vec<f32>, Error> {
+        Ok(numbers)
+    }
+
+    fn matrix(
+        &self,
+        name: &str,
+        role: MatrixRole,
+        tensors: &[Tensor<'_>],
+    ) -> Result<PackedMatrix, Error> {
+        let formats: Vec<_> = tensors.iter().map(|tensor| self.format(role, tensor)).collect();
+        let in_features = tensors.first().map_or(0, Tensor::row_len);
+        let Some(cpu) = self.cpu else {
+            let rows: Vec<_> =
+                formats.into_iter().zip(tensors.iter().map(Tensor::num_rows)).collect();
+            for rows in rows.chunk_by(|(format, _), (other, _)| format == other) {
+                let num_rows = rows.iter().map(|(_, num_rows)| num_rows).sum();
+                self.add(packed_bytes(Simd::detect(), rows[0].0, num_rows, in_features));
+            }
+            return Ok(PackedMatrix::default());
+        };
+        let convert = Convert::new(cpu.simd);
+        let writes: Vec<_> = tensors
+            .iter()
+            .zip(&formats)
+            .map(|(tensor, format)| {
+                |row: usize, out: &mut [u8]| convert.row(tensor, row, *format, out)
+            })
+            .collect();
+        let sources: Vec<_> = formats
+            .iter()
+            .zip(tensors)
+            .zip(&writes)
+            .map(|((format, tensor), write)| RowSource {
+                format: *format,
+                num_rows: tensor.num_rows(),
+                write,
+            })
+            .collect();
+        let matrix = PackedMatrix::pack(cpu, in_features, &sources)?;
+        convert.finish(name)?;
+        self.add(matrix.num_bytes());
+        Ok(matrix)
+    }
+
+    fn rows(&self, name: &str, role: MatrixRole, tensor: &Tensor<'_>) -> Result<StoredRows, Error> {
+        let format = self.format(role, tensor);
+        let row_bytes = format.num_bytes(tensor.row_len());
+        self.add(row_bytes * tensor.num_rows());
+        if format == Format::Int8 {
+            self.add(Int8Columns::num_bytes(tensor.row_len()));
+        }
+        let Some(cpu) = self.cpu else {
+            return Ok(StoredRows { format, columns: None, bytes: Vec::new() });
+        };
+        let convert = Convert::new(cpu.simd);
+        let columns = (format == Format::Int8).then(|| {
+            let shape = (tensor.num_rows(), tensor.row_len());
+            Int8Columns::of(&cpu.threads, shape, |row, numbers| tensor.decode_row(row, numbers))
+        });
+        let mut bytes = vec![0; row_bytes * tensor.num_rows()];
+        let given_bytes = format.given().num_bytes(tensor.row_len());
+        cpu.threads.share_chunks(&mut bytes, row_bytes, |row, given: &mut Vec<u8>, out| {
+            let Some(columns) = &columns else {
+                convert.row(tensor, row, format, out);
+                return;
+            };
+            given.resize(given_bytes, 0);
+            convert.row(tensor, row, format, given);
+            let mut numbers = vec![0.0; tensor.row_len()];
+            format.given().decode(given, &mut numbers);
+            columns.encode(&numbers, out);
+        });
+        convert.finish(name)?;
+        Ok(StoredRows { format, columns, bytes })
+    }
+}
+
 impl StoredRows {
     /// Widens a row.
     pub(super) fn look_up(&self, row: usize, out: &mut [f32]) {
@@ -194,14 +197,19 @@ impl StoredRows {
 }
 
 /// Converts rows on several threads, and remembers the first that could not be.
-struct Convert {
+#[derive(Debug)]
+pub(crate) struct Convert {
     simd: Simd,
     problem: OnceLock<String>,
 }
 
 impl Convert {
+    pub(crate) fn new(simd: Simd) -> Self {
+        Self { simd, problem: OnceLock::new() }
+    }
+
     /// A row as it is given to be kept in a format.
-    fn row(&self, tensor: &Tensor<'_>, row: usize, kept: Format, out: &mut [u8]) {
+    pub(crate) fn row(&self, tensor: &Tensor<'_>, row: usize, kept: Format, out: &mut [u8]) {
         let to = kept.given();
         if tensor.format() == kept {
             out.copy_from_slice(tensor.row(row));
@@ -218,7 +226,8 @@ impl Convert {
         self.simd.run(Encode { numbers: &numbers, to, out });
     }
 
-    fn finish(self, name: &str) -> Result<(), Error> {
+    /// Says what could not be converted. `name` is that of the tensor.
+    pub(crate) fn finish(self, name: &str) -> Result<(), Error> {
         match self.problem.into_inner() {
             Some(problem) => Err(Error::Model(format!(
                 "the tensor {name} {problem}: it needs another precision"

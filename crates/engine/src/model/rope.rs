@@ -85,11 +85,7 @@ struct Angles {
 impl RopeTable {
     /// A table without positions yet.
     pub(crate) fn new(rope: &Rope) -> Self {
-        let scale = match rope.scaling {
-            RopeScaling::Yarn { attention_factor, .. }
-            | RopeScaling::Longrope { attention_factor, .. } => attention_factor as f32,
-            _ => 1.0,
-        };
+        let scale = rope.attention_factor();
         let angles = |is_long| Angles {
             frequencies: rope.frequencies(is_long),
             scale,
@@ -141,6 +137,22 @@ impl Rope {
             RopeScaling::Longrope { original_max_positions, .. } => Some(original_max_positions),
             _ => None,
         }
+    }
+
+    /// Sines and cosines are multiplied by it.
+    pub(crate) fn attention_factor(&self) -> f32 {
+        match self.scaling {
+            RopeScaling::Yarn { attention_factor, .. }
+            | RopeScaling::Longrope { attention_factor, .. } => attention_factor as f32,
+            _ => 1.0,
+        }
+    }
+
+    /// Radians per position of each pair of dimensions, `(2, dim / 2)`: the second row is for long sequences
+    /// ([`Self::long_beyond`]).
+    #[cfg(any(test, feature = "cuda"))]
+    pub(crate) fn frequency_rows(&self) -> Vec<f32> {
+        [self.frequencies(false), self.frequencies(self.long_beyond().is_some())].concat()
     }
 
     /// Radians per position of each pair of dimensions.

@@ -60,11 +60,10 @@ impl SamplingState {
         logits: &[f32],
         scratch: &'l mut Vec<f32>,
     ) -> Option<&'l [f32]> {
-        let params = &self.params;
-        let is_too_early = self.num_generated < params.min_new_tokens && !self.ends.is_empty();
-        if params.logit_bias.is_empty() && self.counts.is_empty() && !is_too_early {
+        if !self.adjusts() {
             return None;
         }
+        let params = &self.params;
         scratch.clear();
         scratch.extend_from_slice(logits);
         for (token, bias) in &params.logit_bias {
@@ -73,12 +72,22 @@ impl SamplingState {
         for (token, &count) in &self.counts {
             change(scratch, *token, |logit| self.penalise(logit, count));
         }
-        if is_too_early {
+        if self.is_too_early() {
             for token in &self.ends {
                 change(scratch, *token, |_| f32::NEG_INFINITY);
             }
         }
         Some(scratch)
+    }
+
+    /// Whether [`Self::adjust`] changes anything.
+    pub(super) fn adjusts(&self) -> bool {
+        !self.params.logit_bias.is_empty() || !self.counts.is_empty() || self.is_too_early()
+    }
+
+    /// Whether tokens that end the answer are not possible yet.
+    fn is_too_early(&self) -> bool {
+        self.num_generated < self.params.min_new_tokens && !self.ends.is_empty()
     }
 
     /// The logit of a token that the sequence contains, after `count` times in the answer.

@@ -5,7 +5,7 @@
 //! is left out, so this is less than it takes.
 
 use anyhow::{Context as _, ensure};
-use engine::{EngineConfig, Footprint, InstructionSet, MachineLimits};
+use engine::{Device, EngineConfig, Footprint, Gpu, InstructionSet, MachineLimits};
 use serde::Serialize;
 
 use self::job::{Job, Measured, Step};
@@ -39,7 +39,10 @@ struct Report {
     /// As they are stored if not given.
     precision: Option<&'static str>,
     kv_cache_dtype: String,
-    instruction_set: &'static str,
+    /// `cpu`, or the name of the GPU.
+    device: String,
+    /// Of the processor.
+    instruction_set: Option<&'static str>,
     input_len: u32,
     output_len: u32,
     threads: usize,
@@ -96,7 +99,13 @@ impl Report {
         let model_path = job::find_model(options)?;
         let footprint = Footprint::open(&model_path)?;
         let threads = options.threads.map_or(EngineConfig::default().threads, |n| n as usize);
-        let machine = MachineLimits::measure(threads)?;
+        let (machine, device, instruction_set) = match options.device {
+            Device::Cpu => {
+                let set = options.instruction_set.unwrap_or_else(InstructionSet::detect);
+                (MachineLimits::measure(threads)?, "cpu".to_owned(), Some(set.name()))
+            }
+            Device::Gpu(id) => (MachineLimits::of_gpu(id)?, Gpu::find(id)?.name, None),
+        };
         let floor = Floor::new(&footprint, options, &machine);
         let batches = options.batch.iter();
         let measured = batches.map(|batch| job::measure_in_process(options, &model_path, *batch));
@@ -110,11 +119,12 @@ impl Report {
             weight_bytes: footprint.weight_bytes(options.precision),
             precision: options.precision.map(engine::Precision::name),
             kv_cache_dtype: first.kv_cache_dtype.clone(),
-            instruction_set: options.instruction_set.unwrap_or_else(InstructionSet::detect).name(),
+            device,
+            instruction_set,
             input_len: options.input_len,
             output_len: options.output_len,
             threads,
-            max_num_batched_tokens: options.max_num_batched_tokens,
+            max_num_batched_tokens: first.max_num_batched_tokens,
             limits: Limits {
                 read_bytes_per_second: machine.read_bytes_per_second,
                 operations_per_second: machine.operations_per_second,
@@ -125,9 +135,13 @@ impl Report {
     }
 
     fn table(&self) -> String {
+        let computes = match self.instruction_set {
+            Some(instruction_set) => format!("{} threads, {instruction_set}", self.threads),
+            None => self.device.clone(),
+        };
         let mut text = format!(
             "{}: {:.0} M parameters, weights {:.0} MiB ({}), KV cache in {}; prompts of {} tokens, \
-             answers of {}; {} threads, {}\nat most here: memory read at {:.1} GB/s, {:.0} GFLOP/s in \
+             answers of {}; {}\nat most here: memory read at {:.1} GB/s, {:.0} GFLOP/s in \
              linear layers ({} weights)\n\n",
             self.model,
             self.parameters as f64 / 1e6,
@@ -136,8 +150,7 @@ impl Report {
             self.kv_cache_dtype,
             self.input_len,
             self.output_len,
-            self.threads,
-            self.instruction_set,
+            computes,
             self.limits.read_bytes_per_second / 1e9,
             self.limits.operations_per_second / 1e9,
             self.limits.operations_format,

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
-use engine::{EngineConfig, InstructionSet, KvCacheDtype, Precision};
+use engine::{Device, InstructionSet, KvCacheDtype, Precision};
 
 use super::{ModelPath, named};
 
@@ -91,6 +91,9 @@ pub(crate) struct EngineBench {
     /// Numbers of sequences, each a measurement.
     #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1, 8, 32, 64], value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) batch: Vec<u32>,
+    /// What computes: cpu, the number of a GPU or its name (GPU-…).
+    #[arg(long, value_name = "DEVICE", default_value = "cpu")]
+    pub(crate) device: Device,
     /// How weights are kept in memory [default: as the checkpoint stores them].
     #[arg(long, value_name = "NAME", value_parser = named(&Precision::ALL, Precision::name))]
     pub(crate) precision: Option<Precision>,
@@ -106,9 +109,9 @@ pub(crate) struct EngineBench {
     /// Most sequences that are computed at once [default: all of the measurement].
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) max_num_seqs: Option<u32>,
-    /// Most tokens that are computed in one step.
-    #[arg(long, value_name = "N", default_value_t = EngineConfig::default().max_num_batched_tokens)]
-    pub(crate) max_num_batched_tokens: usize,
+    /// Most tokens that are computed in one step [default: 512, on a GPU 8192].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) max_num_batched_tokens: Option<u32>,
     /// Memory of the KV cache, in MiB [default: from the free memory].
     #[arg(long, value_name = "MIB")]
     pub(crate) kv_cache_memory: Option<u64>,

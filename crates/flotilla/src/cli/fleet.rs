@@ -65,9 +65,6 @@ pub(crate) struct JobOptions {
 /// Options of `flotilla work`.
 #[derive(Args, Debug)]
 pub(crate) struct WorkOptions {
-    /// Devices to compute on, one engine each: all, cpu, or numbers of GPUs such as 0,1.
-    #[arg(long, value_name = "DEVICES", default_value = "all")]
-    pub(crate) devices: String,
     #[command(flatten)]
     pub(crate) model: ModelOptions,
     /// Deliveries after which a job that keeps taking its worker down is given up; the last one is

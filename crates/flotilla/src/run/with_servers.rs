@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use engine::EngineConfig;
-use gpu_worker::{Device, EngineBackend};
+use engine::{Device, EngineConfig};
+use gpu_worker::EngineBackend;
 use producer::{BadInput, JobTemplate, Published, Publisher, Stats};
 use shared::JobId;
 use shared::queue::nats::Fleet;
@@ -31,17 +31,17 @@ use crate::{FAILED, FINISHED_WITH_FAILURES, INTERRUPTED, fleet, reconcile, signa
 pub(super) fn main(
     options: &RunOptions,
     nats: &NatsOptions,
-    engine: EngineConfig,
+    engines: (EngineConfig, Vec<Device>),
     template: JobTemplate,
 ) -> anyhow::Result<ExitCode> {
     let rejects = Rejects::beside(&options.output_file)?;
-    fleet::block_on(answer_all(options, nats, engine, (template, rejects)))
+    fleet::block_on(answer_all(options, nats, engines, (template, rejects)))
 }
 
 async fn answer_all(
     options: &RunOptions,
     nats: &NatsOptions,
-    engine: EngineConfig,
+    (engine, devices): (EngineConfig, Vec<Device>),
     (template, mut rejects): (JobTemplate, Rejects),
 ) -> anyhow::Result<ExitCode> {
     let interruption = signals::interruption()?;
@@ -74,7 +74,7 @@ async fn answer_all(
         over.cancel();
         collected
     };
-    let workers = start_workers(options, &fleet, &engine, &over);
+    let workers = start_workers(options, &fleet, (&engine, &devices), &over);
     let working = async { cancel_if_failed(work::supervise(workers, &interruption).await, &over) };
     let (published, collected, worked) = tokio::join!(producing, collecting, working);
     rejects.finish()?;
@@ -117,14 +117,14 @@ async fn publish(
 fn start_workers(
     options: &RunOptions,
     fleet: &Fleet,
-    engine: &EngineConfig,
+    (engine, devices): (&EngineConfig, &[Device]),
     over: &CancellationToken,
 ) -> Workers {
     let mut workers = Workers::new();
-    for rank in 0..options.workers {
+    for (rank, device) in (0..).zip(devices) {
         let worker = Worker {
             rank,
-            device: Device::Cpu,
+            device: *device,
             max_attempts: options.max_attempts,
             // The user's second interrupt ends it.
             drain_timeout: Duration::MAX,
@@ -134,7 +134,7 @@ fn start_workers(
             shutdown: over.clone(),
             last_words: None,
         };
-        let backend = EngineBackend { engine: engine.clone(), device: Device::Cpu };
+        let backend = EngineBackend { engine: options.model.on(*device, engine) };
         workers.spawn(worker.run(backend, engine::model_name(&engine.model_path)));
     }
     workers

@@ -9,10 +9,10 @@ use shared::{Completed, FinishReason, Job, Logprobs};
 use tokio::sync::Semaphore;
 
 use super::{Answer, Backend, Counters, Failure, Progress, Serving};
+use crate::Error;
 use crate::engine_thread::EngineThread;
 use crate::generation::{logprobs, sampling_params};
 use crate::prompt::{self, Rendered};
-use crate::{Device, Error};
 
 /// Prompts rendered at a time: tokenising one takes many times its text in memory.
 const MAX_RENDERING: usize = 4;
@@ -20,17 +20,14 @@ const MAX_RENDERING: usize = 4;
 /// Starts engines on one device.
 #[derive(Clone, Debug)]
 pub struct EngineBackend {
-    /// The engine's settings.
+    /// The engine's settings, its device among them.
     pub engine: EngineConfig,
-    /// Where it computes.
-    pub device: Device,
 }
 
 impl Backend for EngineBackend {
     type Engine = LocalEngine;
 
     async fn start(&self) -> Result<LocalEngine, Error> {
-        let Device::Cpu = self.device;
         Ok(LocalEngine::new(EngineThread::start(self.engine.clone()).await?))
     }
 }

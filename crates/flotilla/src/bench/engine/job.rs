@@ -11,7 +11,7 @@ use rand::{Rng as _, SeedableRng as _};
 use serde::{Deserialize, Serialize};
 
 use super::cpu::CpuTime;
-use crate::cli::{EngineBench, ModelPath};
+use crate::cli::{EngineBench, ModelPath, kernel_cache};
 use crate::hub::Need;
 use crate::statistics::peak_memory_bytes_of;
 
@@ -31,6 +31,8 @@ pub(super) struct Measured {
     pub(super) kv_cache_tokens: usize,
     /// How it keeps them.
     pub(super) kv_cache_dtype: String,
+    /// Most tokens of a step.
+    pub(super) max_num_batched_tokens: usize,
 }
 
 /// A batch that was answered.
@@ -89,20 +91,25 @@ pub(super) fn measure(options: &EngineBench) -> anyhow::Result<Measured> {
         load_seconds,
         kv_cache_tokens: engine.stats().kv_blocks_total * engine::step::BLOCK_SIZE,
         kv_cache_dtype: engine.kv_cache_dtype().to_string(),
+        max_num_batched_tokens: config.max_num_batched_tokens,
     })
 }
 
+/// The settings of the engine for a batch.
 fn engine_config(options: &EngineBench, batch: u32) -> anyhow::Result<EngineConfig> {
-    let defaults = EngineConfig::default();
+    let defaults = EngineConfig::for_device(options.device);
     Ok(EngineConfig {
         model_path: find_model(options)?,
         max_num_seqs: options.max_num_seqs.unwrap_or(batch) as usize,
-        max_num_batched_tokens: options.max_num_batched_tokens,
+        max_num_batched_tokens: options
+            .max_num_batched_tokens
+            .map_or(defaults.max_num_batched_tokens, |tokens| tokens as usize),
         kv_cache_memory_bytes: options.kv_cache_memory.map(|mib| mib << 20),
         threads: options.threads.map_or(defaults.threads, |threads| threads as usize),
         precision: options.precision,
         kv_cache_dtype: options.kv_cache_dtype,
         instruction_set: options.instruction_set,
+        kernel_cache: kernel_cache(),
         ..defaults
     })
 }
@@ -208,7 +215,9 @@ pub(super) fn measure_in_process(
     option("--instruction-set", options.instruction_set.map(|set| set.to_string()));
     option("--threads", options.threads.map(|threads| threads.to_string()));
     option("--max-num-seqs", options.max_num_seqs.map(|seqs| seqs.to_string()));
-    option("--max-num-batched-tokens", Some(options.max_num_batched_tokens.to_string()));
+    option("--device", Some(options.device.to_string()));
+    let max_num_batched_tokens = options.max_num_batched_tokens;
+    option("--max-num-batched-tokens", max_num_batched_tokens.map(|tokens| tokens.to_string()));
     option("--kv-cache-memory", options.kv_cache_memory.map(|mib| mib.to_string()));
     option("--repeat", Some(options.repeat.to_string()));
     let output = command
