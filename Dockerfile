@@ -3,6 +3,8 @@
 #   docker build -t flotilla:local .
 #   docker run --rm -v "$PWD:/data" -u "$(id -u):$(id -g)" flotilla:local run --queries-file queries.jsonl …
 #
+# For GPUs: --build-arg FEATURES=cuda --build-arg RUNTIME_IMAGE=nvidia/cuda:13.0.1-runtime-ubuntu24.04, whose libraries the program loads.
+#
 # PROFILE is cargo's: release, or quick, which compiles in a fraction of the time and computes slower (for tests of the image).
 
 ARG BUILDER_IMAGE=rust:1.95.0-bookworm
@@ -41,7 +43,7 @@ COPY LICENSE /usr/share/doc/flotilla/
 COPY models/flotilla-reader /models/flotilla-reader
 # Whoever it runs as (-u) can keep an index of the corpus.
 RUN mkdir -m 1777 /var/cache/flotilla
-ENV FLOTILLA_CACHE_DIR=/var/cache/flotilla
+ENV FLOTILLA_CACHE_DIR=/var/cache/flotilla FLOTILLA_KERNEL_CACHE=/var/cache/flotilla/kernels
 WORKDIR /data
 USER 1000:1000
 ENTRYPOINT ["/usr/local/bin/flotilla"]

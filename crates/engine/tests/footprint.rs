@@ -51,7 +51,11 @@ fn published_models_have_their_known_sizes() {
             assert!(range.contains(&per_weight), "{name} {precision}: {per_weight}");
         }
         let stored = footprint.weight_bytes(None);
-        assert_eq!(stored, footprint.weight_bytes(Some(Precision::Bf16)), "{name}");
+        let bf16 = footprint.weight_bytes(Some(Precision::Bf16));
+        // Routers, which are small, are kept in fp32 at every precision.
+        let has_routers = footprint.config().experts.is_some();
+        assert_eq!(bf16 > stored, has_routers, "{name}");
+        assert!(bf16 - stored < stored / 1000, "{name}");
     }
 }
 

@@ -165,14 +165,10 @@ mod tests {
                 let shape = Shape { half, ..shape };
                 let (image, log) = compile(&shape.source(), &options).unwrap();
                 assert!(image.starts_with(b"\x7fELF"), "{shape:?}");
-                // Sums of 256 dimensions leave no register for anything else; `sample` calls a division.
-                let spared = |kernel: &&str| match *kernel {
-                    "sample" => false,
-                    "attend_prefill" => shape.head_dim < 256,
-                    _ => true,
-                };
-                let spilling: Vec<_> = spilling(&log).into_iter().filter(spared).collect();
-                assert!(!is_hopper || spilling.is_empty(), "{shape:?}: {spilling:?}");
+                let spilling = spilling(&log);
+                // It calls a division, which is not where its time goes.
+                let is_none = spilling.iter().all(|kernel| *kernel == "sample");
+                assert!(is_none || !is_hopper, "{shape:?}: {spilling:?}");
             }
         }
     }
