@@ -43,6 +43,7 @@ mod open {
         cpu: Cpu,
         options: &RunnerOptions,
     ) -> Result<Box<dyn Backend>, Error> {
+        tracing::info!(%gpu, "loading the model on a GPU");
         let open = |shape: &_| {
             Ok(Arc::new(Cuda::open(gpu, shape, options.kernel_cache.as_deref())?) as Arc<_>)
         };

@@ -4,22 +4,22 @@
 //! request, each [`Engine::step`] computes a step and gives back what ended with it. What one request asks or
 //! what becomes of it never changes the answer to another.
 
+mod config;
+
 use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+pub use self::config::EngineConfig;
 use crate::Error;
 use crate::block_manager::BlockManager;
 use crate::config::ModelConfig;
 use crate::detokenizer::Detokenizer;
 use crate::generation_config::GenerationConfig;
-use crate::gpu::Device;
-use crate::kernels::Simd as InstructionSet;
 use crate::model_files::is_gguf;
-use crate::precision::{KvCacheDtype, Precision};
+use crate::precision::KvCacheDtype;
 use crate::prompt::PromptFormat;
-use crate::runner::{GPU_MEMORY_UTILIZATION, Runner, RunnerOptions};
+use crate::runner::Runner;
 use crate::sampler::{
     Chosen, PlainChoice, SampleError, Samplers, SamplingParams, SamplingState, TokenLogprobs,
 };
@@ -30,93 +30,6 @@ use crate::tokenizer::Tokenizer;
 
 /// Memory of the KV cache where neither the caller nor the system says how much there is.
 const DEFAULT_KV_CACHE_BYTES: u64 = 1 << 30;
-
-/// Settings of an engine.
-#[derive(Clone, Debug, PartialEq)]
-pub struct EngineConfig {
-    /// The model's folder.
-    pub model_path: PathBuf,
-    /// What the model is computed on.
-    pub device: Device,
-    /// Most sequences that run at a time.
-    pub max_num_seqs: usize,
-    /// Most tokens that are computed in a step.
-    pub max_num_batched_tokens: usize,
-    /// Longest sequence, prompt and answer; the model's window if not given.
-    pub max_model_len: Option<usize>,
-    /// Memory of the KV cache; derived from the free memory if not given.
-    pub kv_cache_memory_bytes: Option<u64>,
-    /// Threads that compute.
-    pub threads: usize,
-    /// Whether prompts that begin alike share what has been computed for them.
-    pub enable_prefix_caching: bool,
-    /// How weights are kept; as the checkpoint has them if not given.
-    pub precision: Option<Precision>,
-    /// How keys and values are kept; `fp16` if not given, or `fp32` beside weights in `fp32`.
-    pub kv_cache_dtype: Option<KvCacheDtype>,
-    /// What computes; the best of this machine if not given.
-    pub instruction_set: Option<InstructionSet>,
-    /// Share of a GPU's memory that weights, buffers and KV cache may take, what others have taken counted in.
-    pub gpu_memory_utilization: f32,
-    /// Folder for a GPU's compiled kernels; they are compiled at each start if not given.
-    pub kernel_cache: Option<PathBuf>,
-}
-
-impl Default for EngineConfig {
-    fn default() -> Self {
-        Self {
-            model_path: PathBuf::new(),
-            device: Device::Cpu,
-            max_num_seqs: 32,
-            max_num_batched_tokens: 512,
-            max_model_len: None,
-            kv_cache_memory_bytes: None,
-            threads: std::thread::available_parallelism().map_or(1, usize::from),
-            enable_prefix_caching: true,
-            precision: None,
-            kv_cache_dtype: None,
-            instruction_set: None,
-            gpu_memory_utilization: GPU_MEMORY_UTILIZATION,
-            kernel_cache: None,
-        }
-    }
-}
-
-impl EngineConfig {
-    /// The default settings on a device: a GPU takes many more sequences at a time than a processor.
-    pub fn for_device(device: Device) -> Self {
-        let usual = Self::default();
-        match device {
-            Device::Cpu => usual,
-            Device::Gpu(_) => {
-                Self { device, max_num_seqs: 256, max_num_batched_tokens: 8192, ..usual }
-            }
-        }
-    }
-
-    /// Checks the settings; the error names everything that is wrong with them.
-    pub fn validate(&self) -> Result<(), Error> {
-        let counts = [
-            ("max_num_seqs", Some(self.max_num_seqs)),
-            ("max_num_batched_tokens", Some(self.max_num_batched_tokens)),
-            ("threads", Some(self.threads)),
-        ];
-        let mut problems: Vec<String> = counts
-            .into_iter()
-            .filter(|(_, value)| *value == Some(0))
-            .map(|(name, _)| format!("{name} must be at least 1, got 0"))
-            .collect();
-        if let Some(length) = self.max_model_len.filter(|length| *length < 2) {
-            problems.push(format!("max_model_len must be at least 2, got {length}"));
-        }
-        let share = self.gpu_memory_utilization;
-        if !(share > 0.0 && share <= 1.0) {
-            problems
-                .push(format!("gpu_memory_utilization must be above 0 and at most 1, got {share}"));
-        }
-        if problems.is_empty() { Ok(()) } else { Err(Error::Input(problems.join("; "))) }
-    }
-}
 
 /// A prompt to be answered.
 #[derive(Clone, Debug, PartialEq)]
@@ -251,17 +164,7 @@ impl Engine {
     /// Loads a model and makes its KV cache.
     pub fn load(config: &EngineConfig) -> Result<Self, Error> {
         config.validate()?;
-        let options = RunnerOptions {
-            device: config.device,
-            threads: config.threads,
-            max_num_batched_tokens: config.max_num_batched_tokens,
-            precision: config.precision,
-            kv_cache_dtype: config.kv_cache_dtype,
-            instruction_set: config.instruction_set,
-            gpu_memory_utilization: config.gpu_memory_utilization,
-            kernel_cache: config.kernel_cache.clone(),
-        };
-        Self::with_runner(config, Runner::load(&config.model_path, &options)?)
+        Self::with_runner(config, Runner::load(&config.model_path, &config.runner_options())?)
     }
 
     /// An engine of a model that a runner has loaded.
@@ -625,84 +528,4 @@ pub fn model_name(model_path: &std::path::Path) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::BTreeMap;
-
-    use super::*;
-
-    use std::sync::atomic::{AtomicU64, Ordering};
-
-    fn config() -> EngineConfig {
-        let model_path =
-            std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/llama-mha");
-        EngineConfig { model_path, threads: 1, ..EngineConfig::default() }
-    }
-
-    fn request(id: u64) -> Request {
-        let prompt = (5..25 + id as TokenId).collect();
-        let sampling =
-            SamplingParams { max_new_tokens: 8, ignore_eos: true, ..SamplingParams::default() };
-        Request { id, prompt, sampling }
-    }
-
-    type Answers = BTreeMap<u64, Result<Vec<TokenId>, String>>;
-
-    fn finish(engine: &mut Engine) -> Answers {
-        let mut answers = Answers::new();
-        while engine.has_unfinished() {
-            for output in engine.step().unwrap() {
-                match output {
-                    StepOutput::Finished(done) => answers.insert(done.id, Ok(done.token_ids)),
-                    StepOutput::Failed { id, reason } => answers.insert(id, Err(reason)),
-                };
-            }
-        }
-        assert_eq!(engine.stats().kv_blocks_used, 0);
-        answers
-    }
-
-    #[test]
-    fn logits_that_are_no_numbers_harm_their_own_sequence_alone() {
-        let answers = |poisoned| {
-            let mut engine = Engine::load(&config()).unwrap();
-            engine.poisoned = poisoned;
-            (0..3).for_each(|id| engine.add(request(id)).unwrap());
-            finish(&mut engine)
-        };
-        let healthy = answers(None);
-        let poisoned = answers(Some(1));
-        assert_eq!((&poisoned[&0], &poisoned[&2]), (&healthy[&0], &healthy[&2]));
-        assert!(poisoned[&1].as_ref().is_err_and(|reason| reason.contains("NaN")));
-    }
-
-    /// Bytes that are still free; once told, they count as taken.
-    static FREE: AtomicU64 = AtomicU64::new(0);
-
-    #[test]
-    fn a_cache_that_memory_runs_out_for_gets_smaller_and_answers_all_the_same() {
-        let config = EngineConfig { enable_prefix_caching: false, ..config() };
-        let answers = |num_blocks: u64| {
-            let mut engine = Engine::load(&config).unwrap();
-            // A quarter is left to others.
-            FREE.store(
-                (num_blocks * engine.runner.kv_bytes_per_block() as u64 * 4).div_ceil(3),
-                Ordering::Relaxed,
-            );
-            engine.runner.available_memory = || Some(FREE.swap(0, Ordering::Relaxed));
-            (0..6).for_each(|id| engine.add(request(id)).unwrap());
-            let answers = finish(&mut engine);
-            (answers, engine)
-        };
-        let (expected, ample) = answers(1000);
-        assert_eq!(ample.stats().num_preemptions, 0);
-        let (scarce, engine) = answers(7);
-        assert_eq!(scarce, expected);
-        let stats = engine.stats();
-        assert!(stats.kv_blocks_total == 7 && stats.num_preemptions > 0, "{stats:?}");
-
-        let mut none = Engine::load(&config).unwrap();
-        none.runner.available_memory = || Some(0);
-        none.add(request(0)).unwrap();
-        assert!(matches!(none.step(), Err(Error::OutOfMemory(_))));
-    }
-}
+mod tests;

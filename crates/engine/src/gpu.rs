@@ -99,11 +99,29 @@ impl GpuUuid {
     }
 }
 
+impl Display for Gpu {
+    fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
+        let Self { index, name, compute_capability: (major, minor), .. } = self;
+        let gib = self.memory_bytes as f64 / f64::from(1 << 30);
+        write!(f, "{index}: {name}, {gib:.0} GiB, compute capability {major}.{minor}")
+    }
+}
+
 impl Display for GpuId {
     fn fmt(&self, f: &mut Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Index(index) => write!(f, "{index}"),
             Self::Uuid(uuid) => write!(f, "{uuid}"),
+        }
+    }
+}
+
+impl Device {
+    /// What it is called, and of a GPU that is there what it is.
+    pub fn describe(self) -> String {
+        match self {
+            Self::Cpu => self.to_string(),
+            Self::Gpu(id) => Gpu::find(id).map_or_else(|_| self.to_string(), |gpu| gpu.to_string()),
         }
     }
 }
@@ -133,6 +151,21 @@ impl FromStr for Device {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_gpu_tells_what_it_is() {
+        let gpu = Gpu {
+            index: 1,
+            name: "NVIDIA H100 80GB HBM3".into(),
+            uuid: GpuUuid([0xab; 16]),
+            memory_bytes: 81_559 << 20,
+            compute_capability: (9, 0),
+            num_multiprocessors: 132,
+        };
+        assert_eq!(gpu.to_string(), "1: NVIDIA H100 80GB HBM3, 80 GiB, compute capability 9.0");
+        assert_eq!(gpu.uuid.to_string(), "GPU-abababab-abab-abab-abab-abababababab");
+        assert_eq!(Device::Cpu.describe(), "cpu");
+    }
 
     #[test]
     fn names_are_read_as_they_are_written() {

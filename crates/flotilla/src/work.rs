@@ -126,7 +126,7 @@ impl Worker {
         backend: B,
         model: String,
     ) -> Result<(), gpu_worker::Error> {
-        let identity = Identity::new(self.rank, self.device.to_string());
+        let identity = Identity::new(self.rank, self.device.describe());
         let name = identity.name.clone();
         let over = CancellationToken::new();
         let beating = tokio::spawn(said::say(
