@@ -5,8 +5,8 @@
 #   scripts/check_gpu.sh build [FOLDER]   on any machine: the programs into FOLDER (default gpu-programs), to be carried to one with a GPU
 #   scripts/check_gpu.sh run [FOLDER]     on the machine with the GPU, from the folder of the checkout: checks and measures
 #
-# It needs a driver, and libnvrtc and libcublasLt of CUDA 12 or 13: from the system, from Python's packages, or fetched by
-# scripts/cuda_libraries.sh. Without transformers in python3, that comparison is left out.
+# It needs a driver, and libnvrtc and libcublasLt of CUDA 12 or 13: from LD_LIBRARY_PATH, from Python's packages, or from FOLDER/cuda,
+# into which `scripts/cuda_libraries.sh all FOLDER/cuda` fetches them. Without transformers in python3, that comparison is left out.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,38 +29,42 @@ for line in sys.stdin:
     ls -l "$programs"
 }
 
-# Where CUDA's libraries lie: what LD_LIBRARY_PATH has, else Python's packages, else what was fetched.
+# Where CUDA's libraries lie: in Python's packages, or else where they were fetched to.
 libraries() {
     python3 - <<'PY'
-import glob, os, site, sys
-places = site.getsitepackages() + [os.path.dirname(os.path.dirname(sys.executable)) + "/lib"]
+import glob, os, site
+places = site.getsitepackages() + [site.getusersitepackages()]
 found = set()
 for place in places:
     for name in ("libnvrtc.so.1*", "libcublasLt.so.1*"):
         for file in glob.glob(f"{place}/nvidia/**/lib/{name}", recursive=True):
             found.add(os.path.dirname(file))
-cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-print(":".join(sorted(found) + [f"{cache}/flotilla/cuda-13.0"]))
+print(":".join(sorted(found)))
 PY
 }
 
 run() {
     local out=${OUT:-gpu-report} failed=0
     mkdir -p "$out"
-    export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$(libraries)"
+    local found
+    found=$(libraries)
+    export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}${found:-$PWD/$programs/cuda}"
     nvidia-smi | tee "$out/nvidia-smi.txt"
 
     echo "== the kernels and the model, beside the processor's"
-    # The program knows its fixtures by the folder that it was built from.
-    "$programs/tests" on_a_gpu --include-ignored --test-threads 1 2>&1 | tee "$out/tests.txt" || failed=1
+    # Where the fixtures are: the program knows the folder that it was built in.
+    CARGO_MANIFEST_DIR=$PWD/crates/engine "$programs/tests" on_a_gpu --include-ignored --test-threads 1 2>&1 | tee "$out/tests.txt" || failed=1
 
     echo "== speed"
     local model=/tmp/flotilla-tinyllama
-    [ -e "$model/config.json" ] || python3 scripts/make_random_model.py "$model" --preset tinyllama
-    measure() { "$programs/flotilla" bench engine --model "$model" --device 0 "$@" || failed=1; }
+    if [ ! -e "$model" ]; then
+        python3 scripts/make_random_model.py "$model.part" --preset tinyllama && mv "$model.part" "$model"
+    fi
+    # The median of three: the first job meets every shape for the first time.
+    measure() { "$programs/flotilla" bench engine --model "$model" --device 0 --repeat 3 --json "$@"; }
     # Many short answers; then long prompts and answers.
-    measure --input-len 32 --output-len 50 --batch 1,32,128 --json | tee "$out/short.json"
-    measure --input-len 256 --output-len 256 --batch 1,32,128,256 --json | tee "$out/long.json"
+    measure --input-len 32 --output-len 50 --batch 1,32,128 | tee "$out/short.json" || failed=1
+    measure --input-len 256 --output-len 256 --batch 1,32,128,256 | tee "$out/long.json" || failed=1
     if python3 -c 'import transformers, torch; assert torch.cuda.is_available()' 2>/dev/null; then
         scripts/bench_transformers.py "$model" --input-len 32 --output-len 50 --batch 1,32,128 | tee "$out/transformers-short.json" || failed=1
     fi

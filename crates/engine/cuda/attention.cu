@@ -8,7 +8,7 @@
 //
 // In:  qkv (num_tokens, NUM_HEADS + 2 NUM_KV_HEADS, HEAD_DIM), rotated
 //      keys, values (num_blocks, NUM_KV_HEADS, BLOCK_SIZE, HEAD_DIM)
-//      tables (num_sequences, table_width): blocks of the sequences
+//      tables: blocks of the sequences, one sequence's behind the other's
 // Out: out (num_tokens, NUM_HEADS, HEAD_DIM)
 
 constexpr int GROUP = NUM_HEADS / NUM_KV_HEADS;
@@ -192,15 +192,14 @@ __device__ __forceinline__ int first_tile(int position, int window, int step) {
 
 // Tokens of prompts. Grid (num_items, NUM_KV_HEADS), blocks of PREFILL_WARPS warps; shared memory for 2 stages of keys and values.
 //
-// An item is {first token in qkv, tokens (at most PREFILL_WARPS * 16 / GROUP, or 1), position of the first, sequence}.
+// An item is {first token in qkv, tokens (at most PREFILL_WARPS * 16 / GROUP, or 1), position of the first, place of its table}.
 extern "C" __global__ void __launch_bounds__(PREFILL_WARPS * WARP_SIZE)
-attend_prefill(const int* items, const half_t* qkv, const half_t* keys, const half_t* values, const int* tables, int table_width,
-               int window, float scale, float cap, half_t* out) {
+attend_prefill(const int* items, const half_t* qkv, const half_t* keys, const half_t* values, const int* tables, int window, float scale, float cap, half_t* out) {
   DYNAMIC_SHARED(memory);
   half_t* shared = reinterpret_cast<half_t*>(memory);
   const int* item = items + 4 * blockIdx.x;
   int first_token = item[0], num_tokens = item[1], first_position = item[2];
-  const int* table = tables + u64(item[3]) * table_width;
+  const int* table = tables + item[3];
   int kv_head = blockIdx.y, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
   int end = first_position + num_tokens, first_key = first_tile(first_position, window, TILE_KEYS);
   Sight sight = {window, scale, cap};
@@ -238,17 +237,17 @@ KERNEL(attend_prefill)
 #if NUM_HEADS <= 16 * NUM_KV_HEADS
 // Tokens that decode, of groups of up to 16 heads. Grid (num_items, NUM_KV_HEADS), blocks of DECODE_WARPS warps; shared memory as for prompts.
 //
-// An item is {token in qkv, position, sequence, first key, end of the keys, place of its partial result or -1}. Partial results
+// An item is {token in qkv or -1 for none, position, place of its table, first key, end of the keys, place of its partial result or -1}. Partial results
 // are (num_partials, NUM_HEADS, HEAD_DIM + 2): a weighted sum, the largest score, and the sum of the weights. Without
 // a place for it the item sees all keys of its token, and the result is written to `out`.
 extern "C" __global__ void __launch_bounds__(DECODE_WARPS * WARP_SIZE)
-attend_decode(const int* items, const half_t* qkv, const half_t* keys, const half_t* values, const int* tables, int table_width,
-              int window, float scale, float cap, float* partials, half_t* out) {
+attend_decode(const int* items, const half_t* qkv, const half_t* keys, const half_t* values, const int* tables, int window, float scale, float cap, float* partials, half_t* out) {
   DYNAMIC_SHARED(memory);
   half_t* shared = reinterpret_cast<half_t*>(memory);
   const int* item = items + 6 * blockIdx.x;
   int token = item[0], at = item[1], end = item[4], partial = item[5];
-  const int* table = tables + u64(item[2]) * table_width;
+  const int* table = tables + item[2];
+  if (token < 0) return;
   int kv_head = blockIdx.y, warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
   int first_key = max(item[3], first_tile(at, window, TILE_KEYS));
   u32 query[DIM / 16][4];
@@ -295,10 +294,11 @@ attend_decode(const int* items, const half_t* qkv, const half_t* keys, const hal
 }
 KERNEL(attend_decode)
 
-// Puts partial results together. Grid (num_items, NUM_HEADS); an item is {token, first partial, partials}.
+// Puts partial results together. Grid (num_items, NUM_HEADS); an item is {token, first partial, partials or 0 for none}.
 extern "C" __global__ void combine(const int* items, const float* partials, half_t* out) {
   const int* item = items + 3 * blockIdx.x;
   int token = item[0], first = item[1], num = item[2], head = blockIdx.y;
+  if (num == 0) return;
   float largest = minus_infinity();
   auto part = [&](int i) { return partials + (u64(first + i) * NUM_HEADS + head) * (HEAD_DIM + 2); };
   for (int i = 0; i < num; ++i) largest = fmaxf(largest, part(i)[HEAD_DIM]);

@@ -168,6 +168,6 @@ KERNEL(gate)
 
 // x = cap * tanh(x / cap) of `num` numbers.
 extern "C" __global__ void softcap(float* x, float cap, int num) {
-  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < num; i += gridDim.x * blockDim.x) x[i] = cap * tanhf(x[i] / cap);
+  for (u64 i = blockIdx.x * blockDim.x + threadIdx.x; i < u64(num); i += gridDim.x * blockDim.x) x[i] = cap * tanhf(x[i] / cap);
 }
 KERNEL(softcap)

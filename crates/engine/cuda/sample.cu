@@ -53,27 +53,41 @@ struct Cut {
   u64 num_ties;
 };
 
+// Amounts, of up to 2^42 each and of up to 2^18 tokens, are added up in three parts: only 32 bits are added to shared memory in one go.
+constexpr int NUM_PARTS = 3, PART_BITS = 14;
+
 // The cut at which the amounts of what stays, from the highest logit down, first reach `wanted`. Tokens below `least` are not looked at.
 template <class Amount>
 __device__ __forceinline__ Cut cut_at(const float* logits, int vocab_size, u32 least, u64 wanted, Amount amount_of) {
-  __shared__ u64 amounts[NUM_DIGITS];
+  __shared__ u32 amounts[NUM_PARTS][NUM_DIGITS];
   __shared__ u64 above;
   __shared__ u32 found;
   if (threadIdx.x == 0) above = 0, found = 0;
   for (int shift = 24; shift >= 0; shift -= 8) {
     __syncthreads();
-    for (int i = threadIdx.x; i < NUM_DIGITS; i += SAMPLE_THREADS) amounts[i] = 0;
+    for (int i = threadIdx.x; i < NUM_PARTS * NUM_DIGITS; i += SAMPLE_THREADS) amounts[i / NUM_DIGITS][i % NUM_DIGITS] = 0;
     __syncthreads();
     u32 prefix = found;
     for (int i = threadIdx.x; i < vocab_size; i += SAMPLE_THREADS) {
       u32 key = key_of(logits[i]);
       bool is_below_prefix = shift < 24 && key >> (shift + 8) != prefix >> (shift + 8);
-      if (key >= least && !is_below_prefix) atomicAdd(&amounts[key >> shift & (NUM_DIGITS - 1)], amount_of(logits[i]));
+      if (key < least || is_below_prefix) continue;
+      u64 amount = amount_of(logits[i]);
+#pragma unroll
+      for (int part = 0; part < NUM_PARTS; ++part) {
+        u32 bits = u32(amount >> part * PART_BITS) & ((1u << PART_BITS) - 1);
+        if (bits != 0) atomicAdd(&amounts[part][key >> shift & (NUM_DIGITS - 1)], bits);
+      }
     }
     __syncthreads();
     if (threadIdx.x == 0) {
+      auto amount_at = [&](int digit) {
+        u64 amount = 0;
+        for (int part = 0; part < NUM_PARTS; ++part) amount += u64(amounts[part][digit]) << part * PART_BITS;
+        return amount;
+      };
       int digit = NUM_DIGITS - 1;
-      while (digit > 0 && above + amounts[digit] < wanted) above += amounts[digit--];
+      while (digit > 0 && above + amount_at(digit) < wanted) above += amount_at(digit--);
       found |= u32(digit) << shift;
     }
   }

@@ -61,6 +61,11 @@ pub(crate) struct PlainChoice {
 }
 
 impl PlainChoice {
+    /// The likeliest token.
+    #[cfg(any(test, feature = "cuda"))]
+    pub(crate) const LIKELIEST: Self =
+        Self { temperature: 0.0, top_k: 0, top_p: 1.0, min_p: 0.0, draw: 0 };
+
     /// That of a sequence's next token; `None` where the choice depends on more.
     pub(crate) fn of(state: &SamplingState) -> Option<Self> {
         let params = state.params();

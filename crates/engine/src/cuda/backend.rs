@@ -1,12 +1,13 @@
 //! A model on a device with its KV cache: a step's plan in, logits out.
 
 use std::cell::Cell;
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use super::device::{Device, Half};
+use super::device::{Device, GraphId, Half};
 use super::forward::{DeviceBuffers, DeviceCache, DeviceModel, Forward, bytes_per_block};
 use super::kernels::Shape;
-use super::plan::StepPlan;
+use super::plan::{Form, StepPlan};
 use super::store::DeviceStore;
 use crate::Error;
 use crate::config::ModelConfig;
@@ -20,6 +21,9 @@ use crate::weights::{Checkpoint, Format};
 
 /// What a device writes in place of a token where logits are NaN (`cuda/sample.cu`).
 const NOT_A_NUMBER: i32 = -1;
+
+/// Tokens that a device can choose among (`cuda/sample.cu`).
+const MAX_CHOICES: usize = 1 << 18;
 
 /// A loaded model.
 #[derive(Debug)]
@@ -35,6 +39,7 @@ pub(super) struct DeviceBackend {
     tokens: Vec<Option<ChosenToken>>,
     /// Bytes as they come.
     staging: Vec<u8>,
+    graphs: Graphs,
     /// What the host computes with.
     cpu: Cpu,
     weight_bytes: u64,
@@ -69,6 +74,7 @@ impl DeviceBackend {
             logits: Activations::new(0, config.vocab_size),
             tokens: Vec::new(),
             staging: Vec::new(),
+            graphs: Graphs::default(),
             cpu,
             weight_bytes,
             gpu_memory_utilization: options.gpu_memory_utilization,
@@ -134,7 +140,8 @@ impl Backend for DeviceBackend {
     }
 
     fn allocate_kv_cache(&mut self, num_blocks: usize) -> Result<(), Error> {
-        // The one before is given back first.
+        // Graphs know where it lies, and the one before is given back first.
+        self.graphs.clear(self.device.as_ref());
         self.cache = DeviceCache::new(&self.device, &self.model.config, 0)?;
         self.cache = DeviceCache::new(&self.device, &self.model.config, num_blocks)?;
         Ok(())
@@ -160,13 +167,18 @@ impl Backend for DeviceBackend {
         input: &StepInput,
         choices: &[Option<PlainChoice>],
     ) -> Result<Logits<'_>, Error> {
-        let Self { model, shape, cache, buffers, plan, device, .. } = self;
-        plan.fill(input, choices, shape);
-        buffers.prepare(device, plan, (shape, model.config.vocab_size))?;
-        Forward { device, shape, model, cache, plan, buffers }.run()?;
+        let Self { model, shape, cache, buffers, plan, graphs, device, .. } = self;
+        let choices = if model.config.vocab_size <= MAX_CHOICES { choices } else { &[] };
+        plan.fill(input, choices, (shape, cache.num_blocks()));
+        if buffers.prepare(device, plan, (shape, model.config.vocab_size))? {
+            graphs.clear(device.as_ref());
+        }
+        let form = plan.form;
+        let step = Forward { device, shape, model, cache, plan, buffers };
+        graphs.run(device.as_ref(), form, || step.run())?;
         self.fetch_tokens(choices)?;
-        let num_rows = self.plan.wanted.len();
-        if self.plan.samples.len() < num_rows {
+        let num_rows = self.plan.num_rows;
+        if self.tokens.len() < num_rows || self.tokens.contains(&None) {
             self.fetch_logits(num_rows)?;
         }
         Ok(Logits::new(&self.logits, num_rows, &self.cpu.threads).with_tokens(&self.tokens))
@@ -174,16 +186,29 @@ impl Backend for DeviceBackend {
 }
 
 impl DeviceBackend {
+    /// Steps are launched one by one.
+    #[cfg(test)]
+    pub(super) fn without_graphs(mut self) -> Self {
+        self.graphs.is_off = true;
+        self
+    }
+
+    /// Steps that are recorded.
+    #[cfg(test)]
+    pub(super) fn num_graphs(&self) -> usize {
+        self.graphs.seen.values().flatten().count()
+    }
+
     /// The tokens that the device has chosen.
     fn fetch_tokens(&mut self, choices: &[Option<PlainChoice>]) -> Result<(), Error> {
-        self.staging.resize(self.plan.samples.len() * size_of::<i32>(), 0);
+        self.staging.resize(choices.len() * size_of::<i32>(), 0);
         if !self.staging.is_empty() {
             self.buffers.tokens().read(&mut self.staging)?;
         }
-        let mut chosen = self.staging.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes));
+        let chosen = self.staging.as_chunks().0.iter().map(|bytes| i32::from_le_bytes(*bytes));
         self.tokens.clear();
-        self.tokens.extend(choices.iter().map(|choice| {
-            let token = choice.and_then(|_| chosen.next())?;
+        self.tokens.extend(choices.iter().zip(chosen).map(|(choice, token)| {
+            choice.as_ref()?;
             Some(match u32::try_from(token) {
                 Ok(token) => Ok(token),
                 Err(_) if token == NOT_A_NUMBER => Err(SampleError::NotANumber),
@@ -205,5 +230,49 @@ impl DeviceBackend {
             }
         }
         Ok(())
+    }
+}
+
+/// Recorded steps, by their forms.
+#[derive(Debug, Default)]
+struct Graphs {
+    /// `None` for a form that was seen once: what runs for the first time does things that can't be recorded, and may never come again.
+    seen: HashMap<Form, Option<GraphId>>,
+    /// Whether the device could not record.
+    is_off: bool,
+}
+
+impl Graphs {
+    /// Runs a step: recorded, if its form has come before.
+    fn run(
+        &mut self,
+        device: &dyn Device,
+        form: Option<Form>,
+        work: impl Fn() -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let Some(form) = form.filter(|_| !self.is_off) else { return work() };
+        match self.seen.get(&form) {
+            None => {
+                self.seen.insert(form, None);
+                work()
+            }
+            Some(Some(graph)) => device.replay(*graph),
+            Some(None) => match device.record(&mut || work()) {
+                Ok(graph) => {
+                    self.seen.insert(form, Some(graph));
+                    device.replay(graph)
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "steps are not recorded as graphs; they are launched one by one");
+                    self.is_off = true;
+                    work()
+                }
+            },
+        }
+    }
+
+    fn clear(&mut self, device: &dyn Device) {
+        self.seen.clear();
+        device.forget_graphs();
     }
 }

@@ -36,7 +36,19 @@ pub(super) trait Device: Debug + Send + Sync {
 
     /// Multiplies.
     fn multiply(&self, product: &Product) -> Result<(), Error>;
+
+    /// Notes the launches and products that `work` asks for as a graph, without running them.
+    fn record(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<GraphId, Error>;
+
+    /// Runs a graph: what was noted, with the same addresses and numbers.
+    fn replay(&self, graph: GraphId) -> Result<(), Error>;
+
+    /// Gives all graphs back.
+    fn forget_graphs(&self);
 }
+
+/// A graph of a device, by the place in which it was recorded.
+pub(super) type GraphId = usize;
 
 /// A kernel with what it runs on.
 #[derive(Clone, Copy, Debug)]

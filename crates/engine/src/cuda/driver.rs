@@ -16,7 +16,7 @@ use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute, CUresult};
 
 use self::product::Products;
-use super::device::{Address, Argument, Device, Launch, Product};
+use super::device::{Address, Argument, Device, GraphId, Launch, Product};
 use super::kernels::Shape;
 use crate::Error;
 use crate::gpu::{Gpu, GpuUuid};
@@ -71,6 +71,7 @@ pub(super) struct Cuda {
     stream: sys::CUstream,
     module: sys::CUmodule,
     functions: Mutex<HashMap<&'static str, sys::CUfunction>>,
+    graphs: Mutex<Vec<sys::CUgraphExec>>,
     products: Mutex<Products>,
 }
 
@@ -106,7 +107,10 @@ impl Cuda {
             Ok((device, context, stream, module))
         };
         let (device, context, stream, module) = opened().map_err(failed("open the device"))?;
-        let products = Products::new(shape.half, stream)?;
+        let products = Products::new(shape.half, stream).inspect_err(|_| {
+            // SAFETY: nobody has the context; with it goes all that was made in it. There is nothing to do where it fails.
+            let _given_back = unsafe { result::primary_ctx::release(device) };
+        })?;
         Ok(Self {
             gpu: gpu.clone(),
             device,
@@ -114,6 +118,7 @@ impl Cuda {
             stream,
             module,
             functions: Mutex::default(),
+            graphs: Mutex::default(),
             products: Mutex::new(products),
         })
     }
@@ -164,7 +169,10 @@ impl Device for Cuda {
         // Work that still uses it is waited for. After an error that the device can't recover from there is nothing to give
         // back: its memory is free when the process ends.
         // SAFETY: the address is one that `allocate` gave, and nobody uses it any more.
-        let released = self.enter().and_then(|()| unsafe { result::free_sync(address) });
+        let released = self.enter().and_then(|()| unsafe {
+            let waited = result::stream::synchronize(self.stream);
+            result::free_sync(address).and(waited)
+        });
         if let Err(error) = released {
             tracing::debug!(%error, "memory of the device could not be given back");
         }
@@ -177,10 +185,12 @@ impl Device for Cuda {
     }
 
     fn upload(&self, bytes: &[u8], to: Address) -> Result<(), Error> {
-        // SAFETY: who calls has so much memory there. The bytes are copied before the call returns: they are no pinned memory.
-        let copied = self
-            .enter()
-            .and_then(|()| unsafe { result::memcpy_htod_async(to, bytes, self.stream) });
+        // Nothing says that the driver is through with the bytes when the copy has been asked for.
+        // SAFETY: who calls has so much memory there; the copy is done before the call returns.
+        let copied = self.enter().and_then(|()| unsafe {
+            result::memcpy_htod_async(to, bytes, self.stream)?;
+            result::stream::synchronize(self.stream)
+        });
         copied.map_err(failed("copy to the device"))
     }
 
@@ -234,22 +244,69 @@ impl Device for Cuda {
         self.enter().map_err(failed("multiply"))?;
         self.products.lock().unwrap_or_else(PoisonError::into_inner).multiply(product)
     }
+
+    fn record(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<GraphId, Error> {
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        let begin = || {
+            self.enter()?;
+            // SAFETY: the stream is there until this is dropped.
+            unsafe { result::stream::begin_capture(self.stream, mode) }
+        };
+        begin().map_err(failed("record a step"))?;
+        let worked = work();
+        // The recording ends whatever became of the work.
+        // SAFETY: as above; the graph is given back, its executable form is kept until it is forgotten.
+        let ended = unsafe {
+            result::stream::end_capture(self.stream).and_then(|graph| {
+                let flags = sys::CUgraphInstantiate_flags(0);
+                let executable = result::graph::instantiate(graph, flags);
+                result::graph::destroy(graph)?;
+                executable
+            })
+        };
+        worked?;
+        let mut graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        graphs.push(ended.map_err(failed("record a step"))?);
+        Ok(graphs.len() - 1)
+    }
+
+    fn replay(&self, graph: GraphId) -> Result<(), Error> {
+        let graph = self.graphs.lock().unwrap_or_else(PoisonError::into_inner)[graph];
+        // SAFETY: it has not been forgotten, and the memory that it uses is there until then.
+        let launched =
+            self.enter().and_then(|()| unsafe { result::graph::launch(graph, self.stream) });
+        launched.map_err(failed("compute"))
+    }
+
+    fn forget_graphs(&self) {
+        let mut graphs = self.graphs.lock().unwrap_or_else(PoisonError::into_inner);
+        for graph in graphs.drain(..) {
+            // SAFETY: nobody has it any more; the driver waits for what still runs of it. There is nothing to do where it fails.
+            let _given_back =
+                self.enter().and_then(|()| unsafe { result::graph::exec_destroy(graph) });
+        }
+    }
 }
 
 impl Drop for Cuda {
     fn drop(&mut self) {
-        let closed = self.enter().and_then(|()| {
-            let products = self.products.get_mut().unwrap_or_else(PoisonError::into_inner);
-            products.close();
-            // SAFETY: nobody uses the handles any more.
-            unsafe {
-                result::stream::synchronize(self.stream)?;
-                result::module::unload(self.module)?;
-                result::stream::destroy(self.stream)?;
-                result::primary_ctx::release(self.device)
-            }
+        let waited = self.enter().and_then(|()| {
+            // SAFETY: the stream is there until it is destroyed below.
+            unsafe { result::stream::synchronize(self.stream) }
         });
-        if let Err(error) = closed {
+        self.forget_graphs();
+        self.products.get_mut().unwrap_or_else(PoisonError::into_inner).close();
+        // Each is given back whatever became of the one before.
+        // SAFETY: nobody uses the handles any more.
+        let closed = unsafe {
+            [
+                waited,
+                result::module::unload(self.module),
+                result::stream::destroy(self.stream),
+                result::primary_ctx::release(self.device),
+            ]
+        };
+        for error in closed.into_iter().filter_map(Result::err) {
             tracing::debug!(%error, "the device could not be closed");
         }
     }

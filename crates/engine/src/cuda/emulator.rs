@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use half::{bf16, f16};
 use libloading::Library;
 
-use super::device::{Address, Argument, Device, Half, Launch, Product};
+use super::device::{Address, Argument, Device, GraphId, Half, Launch, Product};
 use super::kernels::Shape;
 use crate::Error;
 
@@ -27,6 +27,9 @@ pub(super) struct Emulator {
     half: Half,
     allocations: Mutex<HashMap<Address, Allocation>>,
     num_launches: AtomicU32,
+    graphs: Mutex<Vec<Graph>>,
+    /// The graph that is recorded.
+    recording: Mutex<Option<Graph>>,
     /// Memory that can still be taken, and all of it.
     free_bytes: AtomicU64,
     all_bytes: u64,
@@ -36,6 +39,15 @@ pub(super) struct Emulator {
 #[derive(Debug)]
 struct Kernels {
     library: Mutex<Library>,
+}
+
+type Graph = Vec<Recorded>;
+
+/// What is asked for while a graph is recorded.
+#[derive(Clone, Debug)]
+enum Recorded {
+    Launch { launch: Launch<'static>, arguments: Vec<Argument> },
+    Product(Product),
 }
 
 #[derive(Debug)]
@@ -67,6 +79,8 @@ impl Emulator {
             half: shape.half,
             allocations: Mutex::default(),
             num_launches: AtomicU32::new(0),
+            graphs: Mutex::default(),
+            recording: Mutex::default(),
             free_bytes: AtomicU64::new(all_bytes),
             all_bytes,
         }
@@ -174,6 +188,11 @@ impl Device for Emulator {
 
     #[expect(unsafe_code, reason = "calls compiled kernels")]
     fn launch(&self, launch: &Launch<'_>) -> Result<(), Error> {
+        let arguments = launch.arguments.to_vec();
+        if self.notes(Recorded::Launch { launch: Launch { arguments: &[], ..*launch }, arguments })
+        {
+            return Ok(());
+        }
         let name = CString::new(launch.kernel).expect("a name");
         let grid = [launch.grid.0 as c_uint, launch.grid.1 as c_uint, 1];
         let mut kinds = String::new();
@@ -219,6 +238,9 @@ impl Device for Emulator {
 
     #[expect(unsafe_code, reason = "the device's memory is this process's")]
     fn multiply(&self, product: &Product) -> Result<(), Error> {
+        if self.notes(Recorded::Product(*product)) {
+            return Ok(());
+        }
         let Product { num_rows, in_features, out_features, .. } = *product;
         let x = self.numbers(product.x, num_rows * in_features);
         let weight = self.numbers(product.weight, out_features * in_features);
@@ -243,6 +265,38 @@ impl Device for Emulator {
             }
         }
         Ok(())
+    }
+
+    fn record(&self, work: &mut dyn FnMut() -> Result<(), Error>) -> Result<GraphId, Error> {
+        *self.recording.lock().unwrap() = Some(Graph::new());
+        work()?;
+        let graph = self.recording.lock().unwrap().take().expect("was begun");
+        let mut graphs = self.graphs.lock().unwrap();
+        graphs.push(graph);
+        Ok(graphs.len() - 1)
+    }
+
+    fn replay(&self, graph: GraphId) -> Result<(), Error> {
+        let graph = self.graphs.lock().unwrap()[graph].clone();
+        graph.iter().try_for_each(|recorded| match recorded {
+            Recorded::Launch { launch, arguments } => self.launch(&Launch { arguments, ..*launch }),
+            Recorded::Product(product) => self.multiply(product),
+        })
+    }
+
+    fn forget_graphs(&self) {
+        self.graphs.lock().unwrap().clear();
+    }
+}
+
+impl Emulator {
+    /// Whether a graph is recorded, which then has this too.
+    fn notes(&self, recorded: Recorded) -> bool {
+        match &mut *self.recording.lock().unwrap() {
+            Some(graph) => graph.push(recorded),
+            None => return false,
+        }
+        true
     }
 }
 

@@ -35,7 +35,9 @@ impl DeviceCache {
         config: &ModelConfig,
         num_blocks: usize,
     ) -> Result<Self, Error> {
-        let layer_bytes = num_blocks * bytes_per_block(config) / (2 * config.num_hidden_layers);
+        // One block more, for tokens that only fill a step up.
+        let layer_bytes =
+            (num_blocks + 1) * bytes_per_block(config) / (2 * config.num_hidden_layers);
         let memory = Memory::new(device, 2 * config.num_hidden_layers * layer_bytes)?;
         Ok(Self { memory, num_blocks, layer_bytes })
     }
@@ -122,27 +124,34 @@ impl DeviceBuffers {
         &self.tokens
     }
 
-    /// Copies a step to the device, and takes memory for what differs from step to step.
+    /// Copies a step to the device, and takes memory for what differs from step to step. Whether something has moved for that.
     pub(super) fn prepare(
         &mut self,
         device: &Arc<dyn Device>,
         plan: &StepPlan,
         (shape, vocab_size): (&Shape, usize),
-    ) -> Result<(), Error> {
-        grow(device, &mut self.plan, plan.num_bytes())?;
-        grow(device, &mut self.partials, plan.num_partials * shape.partial_len() * FLOAT_BYTES)?;
-        grow(device, &mut self.logits, plan.wanted.len() * vocab_size * FLOAT_BYTES)?;
-        grow(device, &mut self.tokens, plan.samples.len() * size_of::<i32>())?;
-        plan.upload(&self.plan)
+    ) -> Result<bool, Error> {
+        let partial_bytes = shape.partial_len() * FLOAT_BYTES;
+        let moved = [
+            grow(device, &mut self.plan, plan.num_bytes())?,
+            grow(device, &mut self.partials, plan.num_partials * partial_bytes)?,
+            grow(device, &mut self.logits, plan.wanted.len() * vocab_size * FLOAT_BYTES)?,
+            grow(device, &mut self.tokens, plan.samples.len() * size_of::<i32>())?,
+        ];
+        plan.upload(&self.plan)?;
+        Ok(moved.contains(&true))
     }
 }
 
-/// Sees to it that `memory` has `num_bytes`; what was in it is lost.
-fn grow(device: &Arc<dyn Device>, memory: &mut Memory, num_bytes: usize) -> Result<(), Error> {
-    if memory.num_bytes() < num_bytes {
+/// Sees to it that `memory` has `num_bytes`; if it had not, it moves, and what was in it is lost.
+fn grow(device: &Arc<dyn Device>, memory: &mut Memory, num_bytes: usize) -> Result<bool, Error> {
+    let is_short = memory.num_bytes() < num_bytes;
+    if is_short {
+        // What it had is given back first: nobody needs it any more.
+        *memory = Memory::new(device, 0)?;
         *memory = Memory::new(device, num_bytes.next_power_of_two())?;
     }
-    Ok(())
+    Ok(is_short)
 }
 
 /// A step on its way through the model.
@@ -250,7 +259,6 @@ impl Forward<'_> {
             keys,
             values,
             tables: self.plan.tables.at(&buffers.plan).0,
-            table_width: self.plan.table_width,
             window: settings.sliding_window,
             scale: config.attention_scale,
             cap: config.attention_softcap,

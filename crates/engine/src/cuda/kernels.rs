@@ -135,22 +135,20 @@ impl Shape {
 pub(super) struct Paged {
     pub(super) keys: Address,
     pub(super) values: Address,
-    /// `(num_sequences, table_width)`
+    /// Blocks of the step's sequences.
     pub(super) tables: Address,
-    pub(super) table_width: usize,
     pub(super) window: Option<usize>,
     pub(super) scale: f32,
     pub(super) cap: Option<f32>,
 }
 
 impl Paged {
-    fn arguments(&self) -> [Argument; 7] {
+    fn arguments(&self) -> [Argument; 6] {
         let window = self.window.and_then(|window| i32::try_from(window).ok());
         [
             Argument::Address(self.keys),
             Argument::Address(self.values),
             Argument::Address(self.tables),
-            int(self.table_width),
             Argument::Int(window.unwrap_or(i32::MAX)),
             Argument::Float(self.scale),
             Argument::Float(self.cap.unwrap_or(0.0)),

@@ -1,7 +1,8 @@
 //! Kernels from their source: by NVIDIA's run-time compiler, once for each model's shape and kind of device, then from disk.
 
 use std::ffi::CString;
-use std::path::{Path, PathBuf};
+use std::io::Write as _;
+use std::path::Path;
 
 use cudarc::nvrtc::{result, sys};
 use sha2::{Digest, Sha256};
@@ -95,14 +96,11 @@ fn read(file: &Path) -> Option<Vec<u8>> {
 fn write(file: &Path, image: &[u8]) -> std::io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder)?;
-    let unfinished: PathBuf = file.with_extension(format!("{}.part", std::process::id()));
-    let written = std::fs::write(&unfinished, [&Sha256::digest(image)[..], image].concat())
-        .and_then(|()| std::fs::rename(&unfinished, file));
-    if written.is_err() {
-        // What is left is of no use.
-        let _removed = std::fs::remove_file(&unfinished);
-    }
-    written
+    let mut unfinished = tempfile::NamedTempFile::new_in(folder)?;
+    unfinished.write_all(&Sha256::digest(image))?;
+    unfinished.write_all(image)?;
+    unfinished.persist(file)?;
+    Ok(())
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -1,13 +1,12 @@
 //! The device's choice of tokens: beside the definition of each parameter, and in an engine.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use proptest::prelude::*;
 
 use super::super::device::{Device, Memory};
 use super::super::kernels::{Kernels, Shape};
-use super::{Place, device, fixture, on_every_device};
+use super::{Place, device, fixture, on_every_device, shipped_model};
 use crate::runner::Runner;
 use crate::sampler::PlainChoice;
 use crate::{Engine, EngineConfig, Precision, Request, SamplingParams, StepOutput};
@@ -184,7 +183,7 @@ fn an_engine_on_a_device_answers_as_with_the_samplers_of_the_host(place: Place) 
 }
 
 fn the_shipped_model_answers_on_a_device_as_on_the_processor(place: Place) {
-    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/flotilla-reader");
+    let model = shipped_model();
     let config = EngineConfig { model_path: model.clone(), threads: 1, ..EngineConfig::default() };
     let answer = |mut engine: Engine| {
         let prompt = engine
