@@ -93,7 +93,7 @@ fn half(account: &Account, options: &RunnerOptions) -> Result<Half, Error> {
         None => Half::Bf16,
         Some(other) => {
             return Err(Error::Input(format!(
-                "a GPU computes in bf16 or fp16, not in {other}: take one of them, or --device cpu"
+                "a GPU computes in bf16 or fp16, not in {other}: take one of them, or --devices cpu"
             )));
         }
     };
