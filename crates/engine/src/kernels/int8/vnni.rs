@@ -24,6 +24,9 @@ use super::{GROUP, Int8Columns, Int8Panels, TILE_INPUTS, row_scale};
 /// Most rows that are multiplied at a time: as many as there are registers for the sums of two panels.
 const BLOCK_ROWS: usize = 12;
 
+/// Rows from which the products take longer than reading the weights.
+const MANY_ROWS: usize = BLOCK_ROWS;
+
 /// Rows of one piece of work.
 const PIECE_ROWS: usize = 8 * BLOCK_ROWS;
 
@@ -359,17 +362,34 @@ unsafe fn multiply_lower<const R: usize>(
                 _mm_prefetch::<_MM_HINT_T1>(ahead.from.cast());
                 ahead.from = ahead.from.wrapping_add(1);
             }
-            // Weights in the order of memory, which is read twice as fast so.
-            for p in 0..2 {
-                for group in 0..LANES {
-                    // SAFETY: there are so many pairs and tiles, of 16 lines of either panel, and a row has a line for
-                    // each tile (asserted).
-                    unsafe {
-                        let line = pair * pairs.distance + tile * PAIR_LINES + p * LANES + group;
-                        let weights = without_sign(pairs.lines.as_ptr().add(line));
+            // SAFETY: there are so many pairs and tiles, of 16 lines of either panel, and a row has a line for each tile
+            // (asserted).
+            unsafe {
+                let lines = pairs.lines.as_ptr().add(pair * pairs.distance + tile * PAIR_LINES);
+                let at = tile * LANES;
+                if R < MANY_ROWS {
+                    // Weights in the order of memory, which is read twice as fast so.
+                    for p in 0..2 {
+                        for group in 0..LANES {
+                            let weights = without_sign(lines.add(p * LANES + group));
+                            for r in 0..R {
+                                let inputs = _mm512_set1_epi32(*bytes[r].add(at + group));
+                                lower[p][r] = _mm512_dpbusd_epi32(lower[p][r], weights, inputs);
+                            }
+                        }
+                    }
+                } else {
+                    // Inputs spread out once for both panels: an instruction that spreads its own takes half as long again.
+                    for group in 0..LANES {
+                        let weights = [
+                            without_sign(lines.add(group)),
+                            without_sign(lines.add(LANES + group)),
+                        ];
                         for r in 0..R {
-                            let inputs = _mm512_set1_epi32(*bytes[r].add(tile * LANES + group));
-                            lower[p][r] = _mm512_dpbusd_epi32(lower[p][r], weights, inputs);
+                            let inputs = _mm512_set1_epi32(*bytes[r].add(at + group));
+                            for p in 0..2 {
+                                lower[p][r] = _mm512_dpbusd_epi32(lower[p][r], weights[p], inputs);
+                            }
                         }
                     }
                 }
