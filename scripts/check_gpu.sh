@@ -49,7 +49,8 @@ run() {
     local found
     found=$(libraries)
     export LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}${found:-$PWD/$programs/cuda}"
-    nvidia-smi | tee "$out/nvidia-smi.txt"
+    # Only for the record: the programs ask the driver themselves.
+    nvidia-smi 2>&1 | tee "$out/nvidia-smi.txt" || true
 
     echo "== the kernels and the model, beside the processor's"
     # Where the fixtures are: the program knows the folder that it was built in.
