@@ -18,8 +18,6 @@ pub struct Gpu {
     pub memory_bytes: u64,
     /// Compute capability, `(major, minor)`.
     pub compute_capability: (u32, u32),
-    /// Multiprocessors it has.
-    pub num_multiprocessors: u32,
 }
 
 /// What tells a GPU from every other. Written as the driver's tools write it: `GPU-` and groups of hexadecimal digits.
@@ -160,7 +158,6 @@ mod tests {
             uuid: GpuUuid([0xab; 16]),
             memory_bytes: 81_559 << 20,
             compute_capability: (9, 0),
-            num_multiprocessors: 132,
         };
         assert_eq!(gpu.to_string(), "1: NVIDIA H100 80GB HBM3, 80 GiB, compute capability 9.0");
         assert_eq!(gpu.uuid.to_string(), "GPU-abababab-abab-abab-abab-abababababab");

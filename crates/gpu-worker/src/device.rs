@@ -55,7 +55,6 @@ mod tests {
             uuid: GpuUuid([index as u8; 16]),
             memory_bytes: 1 << 34,
             compute_capability: (9, 0),
-            num_multiprocessors: 132,
         };
         let expected = [0, 1].map(|index| Device::Gpu(GpuId::Index(index)));
         assert_eq!(all(Ok(vec![gpu(0), gpu(1)])), expected);

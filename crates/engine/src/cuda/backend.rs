@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::device::{Device, GraphId, Half};
 use super::forward::{DeviceBuffers, DeviceCache, DeviceModel, Forward, bytes_per_block};
 use super::kernels::Shape;
-use super::plan::{Form, StepPlan};
+use super::plan::{Form, LADDER_STEP, StepPlan};
 use super::store::DeviceStore;
 use crate::Error;
 use crate::config::ModelConfig;
@@ -64,7 +64,8 @@ impl DeviceBackend {
         let store = DeviceStore { device: &device, half, cpu: &cpu, num_bytes: Cell::new(0) };
         let model = Model::assemble(&config, checkpoint, &store)?;
         let weight_bytes = store.num_bytes.get();
-        let buffers = DeviceBuffers::new(&device, &config, options.max_num_batched_tokens)?;
+        let max_tokens = options.max_num_batched_tokens.next_multiple_of(LADDER_STEP);
+        let buffers = DeviceBuffers::new(&device, &config, max_tokens)?;
         Ok(Self {
             model,
             shape,

@@ -48,7 +48,6 @@ impl Gpu {
         let attribute = |attribute| unsafe { result::device::get_attribute(device, attribute) };
         let major = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
-        let units = attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         // SAFETY: as above.
         let memory = unsafe { result::device::total_mem(device) }?;
         Ok(Self {
@@ -57,7 +56,6 @@ impl Gpu {
             uuid: GpuUuid(uuid.bytes.map(|byte| byte.to_ne_bytes()[0])),
             memory_bytes: memory as u64,
             compute_capability: (major.unsigned_abs(), minor.unsigned_abs()),
-            num_multiprocessors: units.unsigned_abs(),
         })
     }
 }

@@ -88,29 +88,28 @@ impl Emulator {
 
     /// Ends the test if something outside of the device's memory was written.
     fn check_guards(&self, kernel: &str) {
-        for (address, allocation) in &*self.allocations.lock().unwrap() {
+        let is_damaged = |allocation: &Allocation| {
             let bytes = allocation.all();
             let end = GUARD_BYTES + allocation.num_bytes;
-            let is_intact = |bytes: &[u8]| bytes.iter().all(|byte| *byte == GUARD);
-            assert!(
-                is_intact(&bytes[..GUARD_BYTES]) && is_intact(&bytes[end..]),
-                "{kernel} wrote outside of the {} bytes at {address:#x}",
-                allocation.num_bytes
-            );
-        }
+            let mut guards = bytes[..GUARD_BYTES].iter().chain(&bytes[end..]);
+            guards.any(|byte| *byte != GUARD)
+        };
+        let allocations = self.allocations.lock().unwrap();
+        let damaged = allocations.values().find(|allocation| is_damaged(allocation));
+        let damaged = damaged.map(|allocation| allocation.num_bytes);
+        // Memory is given back while the test ends.
+        drop(allocations);
+        assert_eq!(damaged, None, "{kernel} wrote outside of an allocation of so many bytes");
     }
 
     /// Ends the test if the memory from `address` on is not the device's.
     fn check_range(&self, address: Address, num_bytes: usize) {
-        let allocations = self.allocations.lock().unwrap();
         let is_inside = |(start, allocation): (&Address, &Allocation)| {
             let end = start + allocation.num_bytes as u64;
             (*start..=end).contains(&address) && address + num_bytes as u64 <= end
         };
-        assert!(
-            allocations.iter().any(is_inside),
-            "{num_bytes} bytes at {address:#x} are not the device's"
-        );
+        let is_ours = self.allocations.lock().unwrap().iter().any(is_inside);
+        assert!(is_ours, "{num_bytes} bytes at {address:#x} are not the device's");
     }
 
     /// Numbers of the model's type.

@@ -11,6 +11,9 @@ use crate::step::{BLOCK_SIZE, SequenceInput, StepInput};
 /// Most sequences of a step that is given a form.
 const MAX_FORM_ROWS: usize = 512;
 
+/// The ladder's longest step: what a multiple of it has room for, a step that is filled up has.
+pub(super) const LADDER_STEP: usize = 64;
+
 /// What steps have in common that are the same work for a device, but for the numbers of their lists: those in which every sequence computes
 /// one token. Their lists are filled up to a ladder of lengths, so that there are few forms.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -33,7 +36,7 @@ impl Form {
             ..=8 => num.next_power_of_two(),
             9..=64 => num.next_multiple_of(8),
             65..=256 => num.next_multiple_of(16),
-            _ => num.next_multiple_of(64),
+            _ => num.next_multiple_of(LADDER_STEP),
         };
         let num_items: usize = input.sequences.iter().map(num_splits).sum();
         // 1, 2, 3, 4, 6, 8, 12, 16, … items a row.

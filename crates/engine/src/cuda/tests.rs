@@ -86,6 +86,7 @@ on_every_device!(
     the_company_of_a_sequence_does_not_change_its_logits,
     the_limits_of_a_device_are_measured,
     recorded_steps_compute_the_same_bits,
+    a_full_step_that_is_filled_up_has_room,
 );
 
 fn load(
@@ -305,6 +306,27 @@ fn recorded_steps_compute_the_same_bits(place: Place) {
         assert!(bits(&mut recorded) == bits(&mut launched), "{scheduled:?}");
     }
     assert_eq!((recorded.num_graphs(), launched.num_graphs()), (2, 0));
+}
+
+fn a_full_step_that_is_filled_up_has_room(place: Place) {
+    // As many sequences as a step may have tokens, and one less than the next form has rows.
+    for num in [3, 11] {
+        let options = RunnerOptions {
+            max_num_batched_tokens: num,
+            kv_cache_dtype: None,
+            ..RunnerOptions::default()
+        };
+        let model = fixture("llama-gqa");
+        let mut device = load(&model, &options, |shape| place.open(shape)).unwrap();
+        device.allocate_kv_cache(NUM_BLOCKS).unwrap();
+        let mut reference = reference(&model);
+        let step = Sequences::new(num, device.config().vocab_size).step(&vec![1; num]);
+        let expected = reference.forward(&step).unwrap();
+        let logits = device.forward(&step, &[]).unwrap();
+        for (expected, logits) in expected.rows().zip(logits.rows()) {
+            assert!(distance(expected, logits) < 0.05);
+        }
+    }
 }
 
 fn the_limits_of_a_device_are_measured(place: Place) {
